@@ -1,0 +1,320 @@
+"""The plan of one step: which slots each query row reads, built once on the host and shared by all layers.
+
+A step runs one ragged row of tokens: the new tokens of every live sequence, one after the other. A span is a
+run of slots together with the query rows that read all of it, so a prefix that eight beams share is one span
+read once for eight rows. A row that is in several spans gets their partial results merged by log-sum-exp
+(Dao et al. 2022, FlashAttention, section 3.1; shared prefixes as in Juravsky et al. 2024, Hydragen, section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kvloom.blocks.table import BLOCK, COUNT, FIRST, OFFSET, expand_runs
+from kvloom.cache import Extension, KVCache, Reach
+
+Runs = npt.NDArray[np.int32]
+Rows = npt.NDArray[np.int64]
+
+# A span of its own costs some ten operator calls a layer; below these lengths reading twice is cheaper.
+MIN_SHARED_TOKENS = 64
+MIN_VIEW_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Span:
+    """Slots and the query rows that read them.
+
+    Attributes:
+        rows: int64[batch, queries], indices into the ragged row.
+        slots: a slice of consecutive slots, read as a view (batch is 1), or int64[batch, keys] to gather.
+        mask: None if every query sees every key; "causal" if query i sees the keys up to i; else an additive
+            float32[batch, queries, keys] of zeros and minus infinities. No query is masked entirely.
+    """
+
+    rows: Tensor
+    slots: slice | Tensor
+    mask: Tensor | Literal["causal"] | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """What one sequence of the step reads: its runs, and where its new tokens stand.
+
+    Attributes:
+        runs: int32[runs, 4] of the sequence's table, the new tokens included.
+        first_row: the ragged row's index of its first new token.
+        first_position: that token's logical position.
+        count: its new tokens.
+    """
+
+    runs: Runs
+    first_row: int
+    first_position: int
+    count: int
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """What the layers of one group write and read.
+
+    Attributes:
+        write_slots: int64[tokens], where the ragged row's keys and values go.
+        spans: cover every (query, visible key) pair exactly once.
+        whole: whether the only span covers all rows in order, so that nothing needs merging.
+        sources: the same facts, unprocessed, for the reference implementation.
+    """
+
+    write_slots: Tensor
+    spans: tuple[Span, ...]
+    whole: bool
+    sources: tuple[Source, ...]
+    reach: Reach
+    block_tokens: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step.
+
+    Attributes:
+        positions: int64[tokens], logical positions of the ragged row.
+        logit_rows: int64[n], the rows whose logits are wanted.
+        groups: one plan for each layer group.
+    """
+
+    positions: Tensor
+    logit_rows: Tensor
+    groups: tuple[GroupPlan, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Length of the ragged row."""
+        return int(self.positions.shape[0])
+
+
+def build_plan(
+    cache: KVCache, extension: Extension, *, logits: Sequence[int], device: torch.device | str = "cpu"
+) -> Plan:
+    """Plan the step that an extension has made room for.
+
+    Args:
+        logits: for each sequence, of how many of its last new tokens logits are wanted; 0 for none.
+    """
+    counts = np.array(extension.counts, dtype=np.int64)
+    first_rows = np.cumsum(counts) - counts
+    first_positions = np.array([s.tokens for s in extension.sequences], dtype=np.int64) - counts
+    positions = np.repeat(first_positions - first_rows, counts) + np.arange(int(counts.sum()))
+    wanted = [np.arange(end - n, end) for end, n in zip(first_rows + counts, logits, strict=True)]
+    groups = []
+    for index, group in enumerate(cache.groups):
+        sources = tuple(
+            Source(sequence.tables[index].runs, int(row), int(position), int(count))
+            for sequence, row, position, count in zip(
+                extension.sequences, first_rows, first_positions, counts, strict=True
+            )
+        )
+        builder = _SpanBuilder(group.group.reach, cache.layout.block_tokens, torch.device(device))
+        spans = builder.build(sources)
+        groups.append(
+            GroupPlan(
+                write_slots=_tensor(extension.slots(index), device),
+                spans=spans,
+                whole=len(spans) == 1 and builder.rows_in_order(spans[0], len(positions)),
+                sources=sources,
+                reach=group.group.reach,
+                block_tokens=cache.layout.block_tokens,
+            )
+        )
+    return Plan(_tensor(positions, device), _tensor(np.concatenate(wanted), device), tuple(groups))
+
+
+class _SpanBuilder:
+    """Turns the sources of one layer group into spans."""
+
+    def __init__(self, reach: Reach, block_tokens: int, device: torch.device) -> None:
+        self._reach = reach
+        self._block_tokens = block_tokens
+        self._device = device
+
+    def build(self, sources: Sequence[Source]) -> tuple[Span, ...]:
+        single = [source for source in sources if source.count == 1]
+        spans = [span for source in sources if source.count > 1 for span in self._prompt_spans(source)]
+        spans += self._decode_spans(single)
+        return tuple(spans)
+
+    @staticmethod
+    def rows_in_order(span: Span, tokens: int) -> bool:
+        """Whether a span's rows are 0, 1, ..., tokens - 1."""
+        return span.rows.numel() == tokens and bool((span.rows.flatten().cpu() == torch.arange(tokens)).all())
+
+    # Several new tokens of one sequence: what was there before, and the new tokens among themselves.
+
+    def _prompt_spans(self, source: Source) -> list[Span]:
+        rows = np.arange(source.first_row, source.first_row + source.count)[None]
+        start = int(self._reach.first_visible(np.array([source.first_position]))[0])
+        runs = _from_position(source.runs, start)
+        past = _before_position(runs, source.first_position)
+        if not self._reach.unlimited and self._limits(source, past):
+            return [self._span(rows, self._read(runs), self._window_mask(source, runs))]
+        own = self._span(rows, self._read(_from_position(runs, source.first_position)), "causal")
+        return [self._span(rows, self._read(past)), own] if len(past) else [own]
+
+    def _limits(self, source: Source, past: Runs) -> bool:
+        """Whether the reach hides anything from any of the new tokens that its first one sees."""
+        last = np.array([source.first_position + source.count - 1])
+        lowest = int(past[0, FIRST]) if len(past) else source.first_position
+        return int(self._reach.first_visible(last)[0]) > lowest
+
+    def _window_mask(self, source: Source, runs: Runs) -> Tensor:
+        """float32[1, queries, keys]: zero where the query sees the key, minus infinity elsewhere."""
+        queries = source.first_position + np.arange(source.count)
+        keys = _positions(runs)
+        seen = (keys <= queries[:, None]) & (keys >= self._reach.first_visible(queries)[:, None])
+        return _additive(seen[None], self._device)
+
+    # One new token a sequence: prefixes that several sequences share are read once for all of them.
+
+    def _decode_spans(self, sources: Sequence[Source]) -> list[Span]:
+        if not sources:
+            return []
+        starts = self._reach.first_visible(np.array([source.first_position for source in sources]))
+        runs = [_from_position(s.runs, int(start))[:, :FIRST] for s, start in zip(sources, starts, strict=True)]
+        rows = np.array([source.first_row for source in sources])
+        spans: list[Span] = []
+        private: list[tuple[int, Runs]] = []
+        self._share(rows, runs, spans, private)
+        return spans + self._private_spans(private)
+
+    def _share(self, rows: Rows, runs: list[Runs], spans: list[Span], private: list[tuple[int, Runs]]) -> None:
+        """Split off what `rows` have in common, then go on with each set of rows that continues alike."""
+        for members in _alike_first_run(runs):
+            if len(members) == 1:
+                private.append((int(rows[members[0]]), runs[members[0]]))
+                continue
+            group = [runs[m] for m in members]
+            common = _common_runs(group)
+            if int(group[0][:common, COUNT].sum()) < MIN_SHARED_TOKENS:
+                private.extend((int(rows[m]), runs[m]) for m in members)
+                continue
+            spans.append(self._span(rows[members][None], self._read(group[0][:common])))
+            rest = [(m, runs[m][common:]) for m in members if len(runs[m]) > common]
+            if rest:
+                self._share(rows[[m for m, _ in rest]], [r for _, r in rest], spans, private)
+
+    def _private_spans(self, private: list[tuple[int, Runs]]) -> list[Span]:
+        """Long contiguous stretches become views; the remains of all rows are gathered together."""
+        spans: list[Span] = []
+        remains: list[tuple[int, Rows]] = []
+        for row, runs in private:
+            short = []
+            for first, end in _extents(runs, self._block_tokens):
+                if end - first >= MIN_VIEW_TOKENS or len(private) == 1:
+                    spans.append(self._span(np.array([[row]]), slice(first, end)))
+                else:
+                    short.append(np.arange(first, end))
+            if short:
+                remains.append((row, np.concatenate(short)))
+        for bucket in _by_length(remains):
+            spans.append(self._padded_span(bucket))
+        return spans
+
+    def _padded_span(self, remains: list[tuple[int, Rows]]) -> Span:
+        """One span over rows of unequal length; a padded slot repeats one of the row's own, so it holds numbers."""
+        longest = max(len(slots) for _, slots in remains)
+        slots = np.stack([np.pad(own, (0, longest - len(own)), mode="edge") for _, own in remains])
+        lengths = np.array([len(own) for _, own in remains])
+        rows = np.array([[row] for row, _ in remains])
+        if (lengths == longest).all():
+            return self._span(rows, _tensor(slots, self._device))
+        seen = np.arange(longest)[None] < lengths[:, None]
+        return self._span(rows, _tensor(slots, self._device), _additive(seen[:, None], self._device))
+
+    def _read(self, runs: Runs) -> slice | Tensor:
+        """A view where the runs follow each other in the store, else the slots to gather."""
+        extents = _extents(runs, self._block_tokens)
+        if len(extents) == 1:
+            return slice(*extents[0])
+        return _tensor(expand_runs(runs, self._block_tokens)[None], self._device)
+
+    def _span(
+        self, rows: Rows, slots: slice | Tensor, mask: Tensor | Literal["causal"] | None = None
+    ) -> Span:
+        return Span(_tensor(rows, self._device), slots, mask)
+
+
+def _from_position(runs: Runs, position: int) -> Runs:
+    """The part of `runs` that holds the tokens at `position` and beyond; FIRST of a cut run moves along."""
+    if not len(runs) or int(runs[0, FIRST]) >= position:
+        return runs
+    kept = runs[runs[:, FIRST] + runs[:, COUNT] > position].copy()
+    if len(kept) and kept[0, FIRST] < position:
+        cut = position - int(kept[0, FIRST])
+        kept[0, OFFSET] += cut
+        kept[0, COUNT] -= cut
+        kept[0, FIRST] = position
+    return kept
+
+
+def _before_position(runs: Runs, position: int) -> Runs:
+    """The part of `runs` that holds the tokens before `position`."""
+    kept = runs[runs[:, FIRST] < position]
+    if len(kept) and kept[-1, FIRST] + kept[-1, COUNT] > position:
+        kept = kept.copy()
+        kept[-1, COUNT] = position - kept[-1, FIRST]
+    return kept
+
+
+def _positions(runs: Runs) -> Rows:
+    """int64[tokens], the logical position of every token of `runs`."""
+    return np.concatenate([np.arange(first, first + count) for _, _, count, first in runs.tolist()])
+
+
+def _extents(runs: Runs, block_tokens: int) -> list[tuple[int, int]]:
+    """The stretches of consecutive slots that `runs` form, as (first, end)."""
+    starts = runs[:, BLOCK].astype(np.int64) * block_tokens + runs[:, OFFSET]
+    ends = starts + runs[:, COUNT]
+    breaks = np.flatnonzero(starts[1:] != ends[:-1]) + 1
+    firsts = starts[np.concatenate([[0], breaks])]
+    lasts = ends[np.concatenate([breaks - 1, [len(runs) - 1]])]
+    return list(zip(firsts.tolist(), lasts.tolist(), strict=True))
+
+
+def _alike_first_run(runs: list[Runs]) -> list[list[int]]:
+    """Indices of `runs`, grouped by equal first run."""
+    groups: dict[bytes, list[int]] = {}
+    for index, own in enumerate(runs):
+        groups.setdefault(own[0].tobytes(), []).append(index)
+    return list(groups.values())
+
+
+def _common_runs(runs: list[Runs]) -> int:
+    """How many leading runs are the same in all of `runs`."""
+    shortest = min(len(own) for own in runs)
+    differs = np.zeros(shortest, dtype=bool)
+    for own in runs[1:]:
+        differs |= (own[:shortest] != runs[0][:shortest]).any(axis=1)
+    return int(differs.argmax()) if differs.any() else shortest
+
+
+def _by_length(remains: list[tuple[int, Rows]]) -> list[list[tuple[int, Rows]]]:
+    """Rows whose lengths round up to the same power of two, so that padding at most doubles a row."""
+    buckets: dict[int, list[tuple[int, Rows]]] = {}
+    for row, slots in remains:
+        buckets.setdefault(max(32, len(slots) - 1).bit_length(), []).append((row, slots))
+    return list(buckets.values())
+
+
+def _additive(seen: npt.NDArray[np.bool_], device: torch.device) -> Tensor:
+    return _tensor(np.where(seen, np.float32(0), np.float32(-np.inf)), device)
+
+
+def _tensor(array: npt.NDArray[np.generic], device: torch.device | str) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)

@@ -1,0 +1,143 @@
+"""Attention over the paged store on PyTorch operators: portable, no compiler needed.
+
+Each span gives a partial result, normalised within the span, and the log-sum-exp of its scores; a row's
+partial results are merged by these. A shared prefix is one matrix product for all the rows that share it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvloom.attention.plan import GroupPlan, Span
+
+
+def attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: GroupPlan,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """The same as `reference.attend`, span by span; see there for shapes."""
+    if plan.whole:
+        output, log_sums = _partial(queries, keys, values, plan.spans[0], scale, softcap)
+        output, log_sums = output.flatten(0, 1), log_sums.flatten(0, 1)
+    else:
+        output, log_sums = _merge(queries, keys, values, plan, scale, softcap)
+    if sinks is not None:
+        # The sink adds exp(sink) to the softmax's denominator and nothing to its numerator.
+        output = output * torch.sigmoid(log_sums - sinks.float())[..., None]
+    return output.to(queries.dtype)
+
+
+def _merge(
+    queries: Tensor, keys: Tensor, values: Tensor, plan: GroupPlan, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Output float32[tokens, heads, value_dim] and log-sum-exp float32[tokens, heads] over all spans."""
+    tokens, heads = queries.shape[:2]
+    output = torch.zeros(tokens, heads, values.shape[-1], dtype=torch.float32, device=queries.device)
+    log_sums = torch.full((tokens, heads), -torch.inf, dtype=torch.float32, device=queries.device)
+    for span in plan.spans:
+        part, part_log_sums = _partial(queries, keys, values, span, scale, softcap)
+        rows = span.rows.flatten()
+        before = log_sums[rows]
+        part_log_sums = part_log_sums.flatten(0, 1)
+        after = torch.logaddexp(before, part_log_sums)
+        output[rows] = (
+            output[rows] * (before - after).exp()[..., None]
+            + part.flatten(0, 1) * (part_log_sums - after).exp()[..., None]
+        )
+        log_sums[rows] = after
+    return output, log_sums
+
+
+def _partial(
+    queries: Tensor, keys: Tensor, values: Tensor, span: Span, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Attention within one span.
+
+    Returns:
+        output [batch, queries, heads, value_dim] and log-sum-exp float32[batch, queries, heads].
+    """
+    batch, rows = span.rows.shape
+    heads, dim, kv_heads = queries.shape[1], queries.shape[2], keys.shape[0]
+    own = queries[span.rows.flatten()].view(batch, rows, kv_heads, heads // kv_heads, dim)
+    own = own.permute(0, 2, 3, 1, 4)
+    kernel = _flash if _flash_serves(queries, keys, values, softcap) else _plain
+    output, log_sums = kernel(own, _read(keys, span), _read(values, span), span.mask, scale, softcap)
+    output = output.permute(0, 3, 1, 2, 4).reshape(batch, rows, heads, -1)
+    return output, log_sums.permute(0, 3, 1, 2).reshape(batch, rows, heads)
+
+
+def _read(store: Tensor, span: Span) -> Tensor:
+    """[batch, kv_heads, keys, dim]: a view of consecutive slots, or a gather."""
+    if isinstance(span.slots, slice):
+        return store[None, :, span.slots]
+    batch, keys = span.slots.shape
+    gathered = store.index_select(1, span.slots.flatten())
+    return gathered.view(store.shape[0], batch, keys, -1).transpose(0, 1)
+
+
+def _plain(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | str | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """The formula in float32. Queries [batch, kv_heads, group, rows, dim], keys [batch, kv_heads, keys, dim]."""
+    batch, kv_heads, group, rows, dim = queries.shape
+    folded = queries.reshape(batch, kv_heads, group * rows, dim).float() * scale
+    scores = (folded @ keys.float().transpose(-1, -2)).view(batch, kv_heads, group, rows, -1)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if isinstance(mask, str):
+        causal = torch.ones(rows, scores.shape[-1], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~causal, -torch.inf)
+    elif mask is not None:
+        scores = scores + mask[:, None, None]
+    log_sums = torch.logsumexp(scores, dim=-1)
+    weights = (scores - log_sums[..., None]).exp()
+    output = weights.view(batch, kv_heads, group * rows, -1) @ values.float()
+    return output.view(batch, kv_heads, group, rows, -1), log_sums
+
+
+def _flash_serves(queries: Tensor, keys: Tensor, values: Tensor, softcap: float | None) -> bool:
+    """Whether PyTorch's fused CPU attention can do the work: it has no soft-cap and wants equal head sizes."""
+    return (
+        queries.device.type == "cpu" and softcap is None and keys.shape[-1] == values.shape[-1] and _FLASH is not None
+    )
+
+
+def _flash(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | str | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's fused CPU attention, which also returns the log-sum-exp that `F.scaled_dot_product_attention` hides.
+
+    Without a mask the heads of a group are folded into rows, so that each key is read once for all of them.
+    """
+    batch, kv_heads, group, rows, dim = queries.shape
+    assert _FLASH is not None and softcap is None, "checked by _flash_serves"
+    if mask is None:
+        folded = queries.reshape(batch, kv_heads, group * rows, dim)
+        output, log_sums = _FLASH(folded, keys, values, 0.0, False, scale=scale)
+    else:
+        shape = (batch, kv_heads, group, keys.shape[2], dim)
+        output, log_sums = _FLASH(
+            queries.reshape(batch, kv_heads * group, rows, dim),
+            keys[:, :, None].expand(shape).flatten(1, 2),
+            values[:, :, None].expand(shape).flatten(1, 2),
+            0.0,
+            isinstance(mask, str),
+            attn_mask=None if isinstance(mask, str) else mask[:, None],
+            scale=scale,
+        )
+    return output.reshape(batch, kv_heads, group, rows, -1), log_sums.reshape(batch, kv_heads, group, rows)
+
+
+def _find_flash() -> torch._ops.OpOverloadPacket | None:
+    """The operator is not public API: without it the plain formula serves."""
+    return getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+
+_FLASH = _find_flash()

@@ -1,0 +1,226 @@
+"""A table: what one sequence holds in one layer group.
+
+A table is an ordered list of runs. A run is `count` consecutive slots of one block, beginning at `offset`
+in the block, which hold the tokens at the logical positions `first`, `first + 1`, ... Positions are stored,
+never derived from the place, so that dropped tokens and forks need no special case.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvloom.blocks.pool import BlockIds, BlockPool
+
+Slots = npt.NDArray[np.int64]
+
+BLOCK, OFFSET, COUNT, FIRST = range(4)  # columns of a run
+
+
+@dataclass(frozen=True)
+class BlockCopy:
+    """Tokens that must be copied before a shared block's new owner writes: `count` slots from `offset` on."""
+
+    source: int
+    target: int
+    offset: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Append:
+    """What one `Table.append` did, and all that is needed to undo it.
+
+    Attributes:
+        slots: int64[count], where the new tokens' keys and values go, in token order.
+        copies: at most one copy-on-write, to be carried out before the slots are written.
+    """
+
+    slots: Slots
+    copies: tuple[BlockCopy, ...]
+    runs_before: int
+    last_run_before: npt.NDArray[np.int32] | None
+    position_before: int
+    allocated: BlockIds
+
+
+class Table:
+    """The runs of one sequence in one layer group. Appending to a shared block copies it first."""
+
+    def __init__(self, pool: BlockPool, block_tokens: int) -> None:
+        self._pool = pool
+        self._block_tokens = block_tokens
+        self._storage = np.empty((8, 4), dtype=np.int32)
+        self._count = 0
+        self._position = 0
+
+    @property
+    def position(self) -> int:
+        """Logical position of the next token to be appended."""
+        return self._position
+
+    @property
+    def held(self) -> int:
+        """Tokens that the table holds; fewer than `position` once some were dropped."""
+        return int(self.runs[:, COUNT].sum())
+
+    @property
+    def runs(self) -> npt.NDArray[np.int32]:
+        """int32[runs, 4]: block, offset, count and first position of each run, in token order."""
+        return self._storage[: self._count]
+
+    @property
+    def blocks(self) -> BlockIds:
+        """int32[runs], the block of each run."""
+        return self.runs[:, BLOCK]
+
+    def slots(self) -> Slots:
+        """int64[held], the slot of each token held, in token order."""
+        return expand_runs(self.runs, self._block_tokens)
+
+    def blocks_for(self, count: int) -> int:
+        """How many blocks `append(count)` would take from the pool, a copy-on-write included."""
+        room = self._room()
+        copied = 1 if count and room and self._pool.is_shared(self._last_block()) else 0
+        return copied + blocks_of(max(0, count - room), self._block_tokens)
+
+    def append(self, count: int) -> Append:
+        """Make room for `count` more tokens.
+
+        Raises `PoolExhausted`, with nothing changed, if the pool has too few free blocks.
+        """
+        assert count > 0, "an append holds at least one token"
+        room = self._room()
+        copy_on_write = bool(room) and self._pool.is_shared(self._last_block())
+        allocated = self._pool.allocate(self.blocks_for(count))
+        runs_before, position_before = self._count, self._position
+        last_run_before = self.runs[-1].copy() if runs_before else None
+        copies: tuple[BlockCopy, ...] = ()
+        fresh = allocated
+        if copy_on_write:
+            copies = (self._own_last_block(int(allocated[0])),)
+            fresh = allocated[1:]
+        slots = self._fill_last(min(count, room))
+        if count > room:
+            slots = np.concatenate([slots, self._add_runs(fresh, count - room)])
+        return Append(slots, copies, runs_before, last_run_before, position_before, allocated)
+
+    def undo(self, append: Append) -> None:
+        """Take back `append`, the last change of this table: runs, positions and counts are as before it."""
+        self._count = append.runs_before
+        self._position = append.position_before
+        if append.last_run_before is not None:
+            self._storage[self._count - 1] = append.last_run_before
+            if append.copies:
+                self._pool.acquire(append.last_run_before[BLOCK : BLOCK + 1])
+        self._pool.release(append.allocated)
+
+    def share(self, blocks: BlockIds, *, first: int = 0) -> None:
+        """Start an empty table with full blocks that others hold, for the positions from `first` on."""
+        assert not self._count, "only an empty table can adopt a prefix"
+        self._pool.acquire(blocks)
+        self._reserve(len(blocks))
+        self._count = len(blocks)
+        self.runs[:, BLOCK] = blocks
+        self.runs[:, OFFSET] = 0
+        self.runs[:, COUNT] = self._block_tokens
+        self.runs[:, FIRST] = first + self._block_tokens * np.arange(len(blocks))
+        self._position = first + self._block_tokens * len(blocks)
+
+    def fork(self) -> Table:
+        """A new table with the same runs. No tensor moves; the cost is one vectorised increment."""
+        child = Table(self._pool, self._block_tokens)
+        self._pool.acquire(self.blocks)
+        child._storage = np.concatenate([self.runs, np.empty((4, 4), dtype=np.int32)])
+        child._count, child._position = self._count, self._position
+        return child
+
+    def truncate(self, position: int) -> None:
+        """Forget the tokens at `position` and beyond."""
+        assert 0 <= position <= self._position, "a table is truncated to a position that it has reached"
+        keep = int(np.searchsorted(self.runs[:, FIRST], position, side="left"))
+        self._pool.release(self.blocks[keep:].copy())
+        self._count = keep
+        if keep:
+            last = self._storage[keep - 1]
+            last[COUNT] = min(int(last[COUNT]), position - int(last[FIRST]))
+        self._position = position
+
+    def drop_before(self, position: int) -> int:
+        """Free the runs that lie wholly before `position`; returns how many blocks the table let go."""
+        ends = self.runs[:, FIRST] + self.runs[:, COUNT]
+        gone = int(np.searchsorted(ends, position, side="right"))
+        if gone:
+            self._pool.release(self.blocks[:gone].copy())
+            self._storage = self._storage[gone:].copy()
+            self._count -= gone
+        return gone
+
+    def close(self) -> None:
+        """Let go of every block."""
+        self._pool.release(self.blocks.copy())
+        self._count = 0
+
+    def _last_block(self) -> int:
+        return int(self._storage[self._count - 1, BLOCK])
+
+    def _room(self) -> int:
+        """Slots left in the last block, if the next token continues its run."""
+        if not self._count:
+            return 0
+        _, offset, count, first = self._storage[self._count - 1].tolist()
+        if first + count != self._position:
+            return 0
+        return self._block_tokens - int(offset) - int(count)
+
+    def _own_last_block(self, target: int) -> BlockCopy:
+        """Replace the shared last block by `target`."""
+        source, offset, count, _ = self._storage[self._count - 1].tolist()
+        self._pool.release(self.blocks[-1:].copy())
+        self._storage[self._count - 1, BLOCK] = target
+        return BlockCopy(source, target, offset, count)
+
+    def _fill_last(self, count: int) -> Slots:
+        """Use `count` free slots of the last block."""
+        if not count:
+            return np.empty(0, dtype=np.int64)
+        last = self._storage[self._count - 1]
+        start = int(last[BLOCK]) * self._block_tokens + int(last[OFFSET]) + int(last[COUNT])
+        last[COUNT] += count
+        self._position += count
+        return np.arange(start, start + count, dtype=np.int64)
+
+    def _add_runs(self, blocks: BlockIds, count: int) -> Slots:
+        """Add one run a block, for `count` tokens."""
+        self._reserve(len(blocks))
+        runs = self._storage[self._count : self._count + len(blocks)]
+        steps = self._block_tokens * np.arange(len(blocks))
+        runs[:, BLOCK] = blocks
+        runs[:, OFFSET] = 0
+        runs[:, COUNT] = np.minimum(self._block_tokens, count - steps)
+        runs[:, FIRST] = self._position + steps
+        self._count += len(blocks)
+        self._position += count
+        return expand_runs(runs, self._block_tokens)
+
+    def _reserve(self, extra: int) -> None:
+        need = self._count + extra
+        if need > len(self._storage):
+            grown = np.empty((max(need, 2 * len(self._storage)), 4), dtype=np.int32)
+            grown[: self._count] = self.runs
+            self._storage = grown
+
+
+def blocks_of(tokens: int, block_tokens: int) -> int:
+    """Blocks that `tokens` consecutive tokens fill, the last one perhaps in part."""
+    return -(-tokens // block_tokens)
+
+
+def expand_runs(runs: npt.NDArray[np.int32], block_tokens: int) -> Slots:
+    """int64[tokens], the slot of every token of `runs`, in token order."""
+    counts = runs[:, COUNT].astype(np.int64)
+    starts = runs[:, BLOCK].astype(np.int64) * block_tokens + runs[:, OFFSET]
+    before = np.cumsum(counts) - counts
+    return np.repeat(starts - before, counts) + np.arange(int(counts.sum()), dtype=np.int64)

@@ -1,0 +1,126 @@
+"""From a model's shape to bytes: what a token, a block and a request cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvloom.blocks.table import blocks_of
+
+Positions = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reach:
+    """How far back a layer's queries see. At most one of the two limits is set.
+
+    Attributes:
+        window_tokens: a query at position p sees the positions p - window + 1 to p (sliding window).
+        chunk_tokens: a query at position p sees back to the start of its own chunk, p - p % chunk.
+    """
+
+    window_tokens: int | None = None
+    chunk_tokens: int | None = None
+
+    @property
+    def unlimited(self) -> bool:
+        """Whether every past token stays visible."""
+        return self.window_tokens is None and self.chunk_tokens is None
+
+    def first_visible(self, positions: Positions) -> Positions:
+        """int64, the lowest position that a query at each of `positions` sees."""
+        if self.window_tokens is not None:
+            return np.maximum(0, positions - self.window_tokens + 1)
+        if self.chunk_tokens is not None:
+            return positions - positions % self.chunk_tokens
+        return np.zeros_like(positions)
+
+    def first_needed(self, length: int) -> int:
+        """The lowest position that a sequence of `length` tokens must keep to go on."""
+        return int(self.first_visible(np.array([length]))[0])
+
+    def __str__(self) -> str:
+        if self.window_tokens is not None:
+            return f"window of {self.window_tokens} tokens"
+        if self.chunk_tokens is not None:
+            return f"chunks of {self.chunk_tokens} tokens"
+        return "full attention"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerShape:
+    """What one attention layer keeps for a token: `kv_heads` keys of `key_dim` and values of `value_dim`."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    reach: Reach = Reach()
+
+    def elements_per_token(self) -> int:
+        """Numbers kept for one token in this layer."""
+        return self.kv_heads * (self.key_dim + self.value_dim)
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers with the same reach: they keep the same tokens and so share tables."""
+
+    reach: Reach
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheLayout:
+    """The shape of a model's whole cache.
+
+    Attributes:
+        layers: one shape for each attention layer, in the order of the forward pass.
+        dtype: the dtype in which K and V are kept.
+        block_tokens: tokens a block, 16 unless told otherwise.
+    """
+
+    layers: tuple[LayerShape, ...]
+    dtype: torch.dtype
+    block_tokens: int = 16
+
+    @cached_property
+    def groups(self) -> tuple[LayerGroup, ...]:
+        """The layer groups, unlimited reach first."""
+        reaches = sorted({layer.reach for layer in self.layers}, key=lambda reach: (not reach.unlimited, str(reach)))
+        return tuple(
+            LayerGroup(reach, tuple(i for i, layer in enumerate(self.layers) if layer.reach == reach))
+            for reach in reaches
+        )
+
+    @cached_property
+    def group_of_layer(self) -> tuple[int, ...]:
+        """For each layer, the index of its group."""
+        owner = {layer: index for index, group in enumerate(self.groups) for layer in group.layers}
+        return tuple(owner[layer] for layer in range(len(self.layers)))
+
+    def bytes_per_block(self, group: LayerGroup) -> int:
+        """Bytes of one block of `group`, over all its layers."""
+        elements = sum(self.layers[layer].elements_per_token() for layer in group.layers)
+        return elements * self.block_tokens * self.dtype.itemsize
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token takes while every layer still sees it."""
+        return sum(layer.elements_per_token() for layer in self.layers) * self.dtype.itemsize
+
+    @property
+    def bytes_per_row_of_blocks(self) -> int:
+        """Bytes of one block in every group."""
+        return sum(self.bytes_per_block(group) for group in self.groups)
+
+    def blocks_in(self, budget_bytes: int) -> int:
+        """Blocks that each group's pool gets from a budget: as many as fit if all groups get the same number."""
+        return budget_bytes // self.bytes_per_row_of_blocks if self.layers else 0
+
+    def blocks_of(self, tokens: int) -> int:
+        """Blocks that `tokens` consecutive tokens need in a group that keeps them all."""
+        return blocks_of(tokens, self.block_tokens)

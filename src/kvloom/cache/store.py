@@ -1,0 +1,55 @@
+"""The store: one preallocated pair of tensors a layer, and nothing that grows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from kvloom.blocks import BlockCopy
+from kvloom.cache.layout import CacheLayout, LayerGroup
+
+
+class Store:
+    """Keys and values of every slot.
+
+    `keys[layer]` and `values[layer]` have the shape [kv_heads, slots, head_dim]: heads come first, so that a
+    contiguous run of slots is a plain view for each head, which a matrix product reads without a gather.
+    """
+
+    def __init__(self, layout: CacheLayout, blocks: int, device: torch.device) -> None:
+        slots = blocks * layout.block_tokens
+        self._layout = layout
+
+        # Uninitialised on purpose: the operating system hands out pages as they are first written.
+        def allocate(heads: int, dim: int) -> Tensor:
+            return torch.empty((heads, slots, dim), dtype=layout.dtype, device=device)
+
+        self.keys = [allocate(layer.kv_heads, layer.key_dim) for layer in layout.layers]
+        self.values = [allocate(layer.kv_heads, layer.value_dim) for layer in layout.layers]
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put new tokens into their slots.
+
+        Args:
+            slots: int64[tokens].
+            keys: [kv_heads, tokens, key_dim]. values: [kv_heads, tokens, value_dim].
+        """
+        self.keys[layer].index_copy_(1, slots, keys)
+        self.values[layer].index_copy_(1, slots, values)
+
+    def copy(self, group: LayerGroup, copies: Iterable[BlockCopy]) -> None:
+        """Carry out the copies-on-write of one group's tables."""
+        size = self._layout.block_tokens
+        for copy in copies:
+            source = copy.source * size + copy.offset
+            target = copy.target * size + copy.offset
+            for layer in group.layers:
+                for tensor in (self.keys[layer], self.values[layer]):
+                    tensor[:, target : target + copy.count] = tensor[:, source : source + copy.count]
