@@ -83,7 +83,12 @@ def _read(store: Tensor, span: Span) -> Tensor:
 
 
 def _plain(
-    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | str | None, scale: float, softcap: float | None
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | str | None,
+    scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """The formula in float32. Queries [batch, kv_heads, group, rows, dim], keys [batch, kv_heads, keys, dim]."""
     batch, kv_heads, group, rows, dim = queries.shape
@@ -105,12 +110,20 @@ def _plain(
 def _flash_serves(queries: Tensor, keys: Tensor, values: Tensor, softcap: float | None) -> bool:
     """Whether PyTorch's fused CPU attention can do the work: it has no soft-cap and wants equal head sizes."""
     return (
-        queries.device.type == "cpu" and softcap is None and keys.shape[-1] == values.shape[-1] and _FLASH is not None
+        queries.device.type == "cpu"
+        and softcap is None
+        and keys.shape[-1] == values.shape[-1]
+        and _FLASH is not None
     )
 
 
 def _flash(
-    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | str | None, scale: float, softcap: float | None
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | str | None,
+    scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """PyTorch's fused CPU attention, which also returns the log-sum-exp that `F.scaled_dot_product_attention` hides.
 

@@ -4,4 +4,13 @@ from kvloom.cache.cache import CachedSequence, Extension, KVCache
 from kvloom.cache.layout import CacheLayout, LayerGroup, LayerShape, Reach
 from kvloom.cache.store import Store
 
-__all__ = ["CacheLayout", "CachedSequence", "Extension", "KVCache", "LayerGroup", "LayerShape", "Reach", "Store"]
+__all__ = [
+    "CacheLayout",
+    "CachedSequence",
+    "Extension",
+    "KVCache",
+    "LayerGroup",
+    "LayerShape",
+    "Reach",
+    "Store",
+]

@@ -20,7 +20,7 @@ class Store:
 
     def __init__(self, layout: CacheLayout, blocks: int, device: torch.device) -> None:
         slots = blocks * layout.block_tokens
-        self._layout = layout
+        self.layout = layout
 
         # Uninitialised on purpose: the operating system hands out pages as they are first written.
         def allocate(heads: int, dim: int) -> Tensor:
@@ -46,7 +46,7 @@ class Store:
 
     def copy(self, group: LayerGroup, copies: Iterable[BlockCopy]) -> None:
         """Carry out the copies-on-write of one group's tables."""
-        size = self._layout.block_tokens
+        size = self.layout.block_tokens
         for copy in copies:
             source = copy.source * size + copy.offset
             target = copy.target * size + copy.offset

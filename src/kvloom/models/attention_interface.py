@@ -1,0 +1,227 @@
+"""Models of transformers, attached through its attention interface.
+
+For the time of one forward pass the model's attention implementation is ours: it writes the new keys and
+values into the store and reads by the plan, both of which travel as a keyword argument. Before and after,
+the model is as its owner left it, so the owner's own calls give the same bits as ever.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvloom.attention import Plan, torch_ops
+from kvloom.cache import LayerShape, Store
+from kvloom.errors import UnsupportedModel
+from kvloom.models.binding import Regime
+from kvloom.models.probe import PROBE, PROBE_TOKENS, Probe, run_probe
+from kvloom.models.rotary import RotaryRegimes
+
+NAME = "kvloom"
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What one forward pass hands to the attention of every layer."""
+
+    plan: Plan
+    store: Store
+    layer_of: dict[nn.Module, int]
+    group_of_layer: tuple[int, ...]
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    kvloom: _Step | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: query [1, heads, tokens, dim], keys and values rotated already."""
+    assert kvloom is not None, "the probe has seen that the step reaches every layer"
+    layer = kvloom.layer_of[module]
+    plan = kvloom.plan.groups[kvloom.group_of_layer[layer]]
+    kvloom.store.write(layer, plan.write_slots, key[0], value[0])
+    output = torch_ops.attend(
+        query[0].transpose(0, 1),
+        kvloom.store.keys[layer],
+        kvloom.store.values[layer],
+        plan,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return output[None], None
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
+
+
+class AttentionInterfaceBinding:
+    """A causal language model of transformers whose attention goes through the interface.
+
+    Args:
+        model: in evaluation mode. Its weights, config and mode are left as they are.
+
+    Raises:
+        UnsupportedModel: for models that cannot be decoded this way; the message says which part and why.
+    """
+
+    name = "transformers attention interface"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._lock = threading.RLock()
+        self.check_ready()
+        _refuse_by_config(model)
+        self._text_config: Any = model.config.get_text_config(decoder=True)
+        self._configs = _configs_of(model, self._text_config)
+        self._rotary = RotaryRegimes(model)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.vocab_size = int(self.forward_uncached(torch.zeros((1, 1), dtype=torch.int64)).shape[-1])
+        self.max_tokens = self._find_max_tokens()
+        self.calls = run_probe(model, self._forward_probe, self.max_tokens or 32_768)
+        self.layers: tuple[LayerShape, ...] = tuple(call.shape for call in self.calls)
+        self._layer_of = {call.module: index for index, call in enumerate(self.calls)}
+        self._group_of_layer: tuple[int, ...] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model's embeddings."""
+        return self.model.get_input_embeddings().weight.device  # type: ignore[return-value, union-attr]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the model's weights."""
+        return self.model.dtype
+
+    def check_ready(self) -> None:
+        """Refuse training mode and gradient checkpointing, under which outputs or caches are not what they seem."""
+        if any(module.training for module in self.model.modules()):
+            raise UnsupportedModel(
+                "the model is in training mode, so its output is random. Call model.eval() first."
+            )
+        if getattr(self.model, "is_gradient_checkpointing", False):
+            raise UnsupportedModel(
+                "the model has gradient checkpointing switched on, under which transformers drops its cache. "
+                "Call model.gradient_checkpointing_disable() first."
+            )
+
+    def fingerprint(self) -> bytes:
+        """Digest of where every weight lies, how often it was written in place, and of the active adapters."""
+        digest = hashlib.blake2b(digest_size=16)
+        for parameter in self.model.parameters():
+            digest.update(f"{parameter.data_ptr()} {parameter._version} ".encode())
+        for module in self.model.modules():
+            if hasattr(module, "active_adapters"):
+                adapters = module.active_adapters
+                active = adapters() if callable(adapters) else adapters
+                digest.update(f"{active} {getattr(module, 'disable_adapters', None)} ".encode())
+        return digest.digest()
+
+    def regime(self, tokens: int) -> Regime:
+        """Which rotary factors a sequence of that many tokens uses."""
+        return self._rotary.regime(tokens)
+
+    @torch.no_grad()
+    def forward(self, token_ids: Tensor, plan: Plan, store: Store, *, regime: Regime) -> Tensor:
+        """One ragged row [1, tokens] with explicit positions: no padding, no mask, no cache of transformers' own."""
+        if self._group_of_layer is None:
+            self._group_of_layer = store.layout.group_of_layer
+        step = _Step(plan, store, self._layer_of, self._group_of_layer)
+        with self._lock, self._attention_is(NAME), self._rotary.fixed(regime):
+            output = self.model(
+                input_ids=token_ids[None],
+                position_ids=plan.positions[None],
+                use_cache=False,
+                kvloom=step,
+                **({"logits_to_keep": plan.logit_rows} if self._keeps_logits else {}),
+            )
+        logits: Tensor = output.logits[0]
+        return logits if self._keeps_logits else logits[plan.logit_rows]
+
+    @torch.no_grad()
+    def forward_uncached(
+        self, token_ids: Tensor, *, last: int | None = 1, regime: Regime | None = None
+    ) -> Tensor:
+        """The model's own forward, with its own attention."""
+        keep = {"logits_to_keep": last or 0} if self._keeps_logits else {}
+        fixed = self.regime(token_ids.shape[1]) if regime is None else regime
+        with self._lock, self._rotary.fixed(fixed):
+            logits: Tensor = self.model(input_ids=token_ids.to(self.device), use_cache=False, **keep).logits
+        return logits if last is None else logits[:, -last:]
+
+    def detach(self) -> None:
+        """Nothing to undo: between two of our forward passes the model is its owner's."""
+
+    def _forward_probe(self, probe: Probe) -> None:
+        token_ids = torch.arange(PROBE_TOKENS, device=self.device)[None] % self.vocab_size
+        positions = torch.arange(PROBE_TOKENS, device=self.device)[None]
+        with (
+            torch.no_grad(),
+            self._lock,
+            self._attention_is(PROBE),
+            self._rotary.fixed(self.regime(PROBE_TOKENS)),
+        ):
+            self.model(input_ids=token_ids, position_ids=positions, use_cache=False, kvloom=probe)
+
+    @contextmanager
+    def _attention_is(self, implementation: str) -> Iterator[None]:
+        """Within the block the decoder uses `implementation`; encoders and vision towers keep their own."""
+        saved = [config._attn_implementation_internal for config in self._configs]
+        try:
+            for config in self._configs:
+                config._attn_implementation_internal = implementation
+            yield
+        finally:
+            for config, own in zip(self._configs, saved, strict=True):
+                config._attn_implementation_internal = own
+
+    def _find_max_tokens(self) -> int | None:
+        """The trained context; dynamic rotary factors are made to stretch it by their factor."""
+        trained = getattr(self._text_config, "max_position_embeddings", None)
+        if trained is None:
+            return None
+        parameters = getattr(self._text_config, "rope_parameters", None) or {}
+        stretch = parameters.get("factor", 1.0) if "dynamic" in str(parameters.get("rope_type")) else 1.0
+        return int(trained * stretch)
+
+
+def _refuse_by_config(model: PreTrainedModel) -> None:
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModel(
+            f"{type(model).__name__} is an encoder-decoder model, which is not supported yet."
+        )
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no language-modelling head, so it gives no logits."
+        )
+    if getattr(model, "_is_stateful", False):
+        raise UnsupportedModel(
+            f"{type(model).__name__} keeps a recurrent state, which a key/value cache cannot hold."
+        )
+
+
+def _configs_of(model: PreTrainedModel, text_config: Any) -> list[Any]:
+    """The config objects that the decoder's modules ask for their attention implementation."""
+    configs = {id(text_config): text_config}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, type(text_config)):
+            configs[id(config)] = config
+    return list(configs.values())

@@ -1,0 +1,91 @@
+"""What the engine asks of any model."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvloom.attention import Plan
+from kvloom.cache import LayerShape, Store
+
+# What the rotary factors of a sequence depend on besides positions; rows of unlike regimes run apart.
+Regime = Hashable
+
+
+class Binding(Protocol):
+    """A model as the engine sees it."""
+
+    @property
+    def name(self) -> str:
+        """How the model is attached, in a few words."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits; ids below it are valid."""
+        ...
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest sequence that the model's positions allow; None if it states none."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids are expected and logits come from."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights, and of keys and values."""
+        ...
+
+    @property
+    def layers(self) -> tuple[LayerShape, ...]:
+        """What each attention layer keeps; empty if the model cannot use a cache."""
+        ...
+
+    def check_ready(self) -> None:
+        """Raise `UnsupportedModel` if the model is in a state in which it cannot be decoded (training mode)."""
+        ...
+
+    def fingerprint(self) -> bytes:
+        """Changes whenever the weights or the active adapters change, so that no old cache is met."""
+        ...
+
+    def regime(self, tokens: int) -> Regime:
+        """The regime of a sequence of that many tokens; a sequence whose regime changes is computed anew."""
+        ...
+
+    def forward(self, token_ids: Tensor, plan: Plan, store: Store, *, regime: Regime) -> Tensor:
+        """Run one ragged row: write its keys and values into the store, read by the plan.
+
+        Args:
+            token_ids: int64[tokens].
+
+        Returns:
+            logits, float[n, vocab], of the plan's `logit_rows`.
+        """
+        ...
+
+    def forward_uncached(
+        self, token_ids: Tensor, *, last: int | None = 1, regime: Regime | None = None
+    ) -> Tensor:
+        """The model's own forward over whole sequences, with nothing of ours in it.
+
+        Args:
+            token_ids: int64[batch, tokens], sequences of equal length.
+            last: of how many last tokens logits are wanted; None for all.
+            regime: by default that of the length.
+
+        Returns:
+            logits, float[batch, last, vocab].
+        """
+        ...
+
+    def detach(self) -> None:
+        """Undo whatever attaching did to the model."""
+        ...

@@ -1,0 +1,78 @@
+"""Any callable f(token_ids[B, S]) -> logits[B, S, V]: decoded without a cache, by every decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kvloom.attention import Plan
+from kvloom.cache import LayerShape, Store
+from kvloom.errors import UnsupportedModel
+from kvloom.models.binding import Regime
+
+
+class CallableBinding:
+    """A function from token ids to logits. It offers no cache, so every step computes whole sequences.
+
+    Args:
+        function: takes int64[batch, tokens] and returns float[batch, tokens, vocab].
+        vocab_size: width of the logits.
+        max_tokens: longest input that the function takes; None for no limit.
+        device: where the function expects its input.
+    """
+
+    name = "callable, uncached"
+    layers: tuple[LayerShape, ...] = ()
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        *,
+        vocab_size: int,
+        max_tokens: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.max_tokens = max_tokens
+        self.device = torch.device(device)
+        self._function = function
+        self.dtype = self.forward_uncached(torch.zeros((1, 1), dtype=torch.int64, device=self.device)).dtype
+
+    def check_ready(self) -> None:
+        """Refuse a module that is in training mode: its dropout would make every answer another."""
+        if isinstance(self._function, torch.nn.Module) and self._function.training:
+            raise UnsupportedModel(
+                "the model is in training mode, so its output is random. Call model.eval() first."
+            )
+
+    def fingerprint(self) -> bytes:
+        """Constant: nothing of a callable is ever cached."""
+        return b""
+
+    def regime(self, tokens: int) -> Regime:
+        """One regime: whatever depends on the length is recomputed anyway."""
+        return None
+
+    def forward(self, token_ids: Tensor, plan: Plan, store: Store, *, regime: Regime) -> Tensor:
+        """Never called: a binding without layers has no plan."""
+        raise AssertionError("a callable has no cached forward; the engine must use forward_uncached")
+
+    @torch.no_grad()
+    def forward_uncached(
+        self, token_ids: Tensor, *, last: int | None = 1, regime: Regime | None = None
+    ) -> Tensor:
+        """Call the function and check the shape of what it returns."""
+        logits = self._function(token_ids)
+        expected = (*token_ids.shape, self.vocab_size)
+        if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise UnsupportedModel(
+                f"the callable must return logits of shape {expected} for token ids of shape "
+                f"{tuple(token_ids.shape)}; it returned {got}."
+            )
+        return logits if last is None else logits[:, -last:]
+
+    def detach(self) -> None:
+        """Nothing was done to the callable."""

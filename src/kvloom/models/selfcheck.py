@@ -1,0 +1,219 @@
+"""Attach proves itself: cached output is compared with the model's own before the model is accepted.
+
+Some architectures ignore a custom attention silently, others hide state in their modules. So two sequences of
+unequal length are run on the cache, one of them in chunks, one is forked inside a block, three rows decode two
+more tokens; and each attention layer's output and the logits are compared with a forward pass of the model
+itself. A model whose windows are longer than the check is checked on a copy with small windows, which shares
+the weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvloom.attention import build_plan
+from kvloom.cache import CachedSequence, CacheLayout, KVCache
+from kvloom.errors import AttachMismatch, UnsupportedModel
+from kvloom.models.attention_interface import AttentionInterfaceBinding
+from kvloom.models.binding import Regime
+
+# Largest relative error of a row, by dtype. A model that is attached wrongly misses by some 10 to 100 per cent.
+# In 16 bits a few rows may differ more, where a mixture of experts sits on a tie, so a quantile is compared.
+TOLERANCE = {torch.float32: (1e-3, 1.0), torch.float64: (1e-3, 1.0), torch.float16: (3e-2, 0.75)}
+TOLERANCE_BFLOAT16 = (1e-1, 0.75)
+
+CHECK_TOKENS = 44
+SMALL_WINDOW = 8
+BLOCK_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """What came out of each attention layer, and the logits, for each token of one sequence."""
+
+    outputs: dict[str, Tensor]  # name -> [tokens, hidden]
+
+
+def prove(binding: AttentionInterfaceBinding) -> float:
+    """Compare cached with uncached output; returns the largest relative error seen.
+
+    Raises `AttachMismatch` with the first layer that differs beyond the tolerance.
+    """
+    tokens = CHECK_TOKENS if binding.max_tokens is None else min(CHECK_TOKENS, binding.max_tokens)
+    if tokens < 12:
+        raise UnsupportedModel(
+            f"the model's context of {binding.max_tokens} tokens is too short to be checked."
+        )
+    subject = binding
+    if any(_limit(call.shape.reach) > tokens // 2 for call in binding.calls):
+        subject = _with_small_windows(binding)
+    sequences = _random_sequences(subject.vocab_size, tokens)
+    cached = _run_cached(subject, sequences)
+    regime = subject.regime(tokens)
+    worst = 0.0
+    for sequence, trace in zip(sequences, cached, strict=True):
+        worst = max(worst, _compare(subject, _run_uncached(subject, sequence, regime), trace))
+    return worst
+
+
+def _random_sequences(vocab_size: int, tokens: int) -> list[list[int]]:
+    """A long sequence, a shorter one, and a fork of the long one with an ending of its own."""
+    generator = torch.Generator().manual_seed(20_26)
+    long, short, ending = (
+        torch.randint(vocab_size, (count,), generator=generator).tolist()
+        for count in (tokens, tokens // 2, 3)
+    )
+    return [long, short, long[:-2] + ending[:2]]
+
+
+def _run_cached(binding: AttentionInterfaceBinding, sequences: list[list[int]]) -> list[_Trace]:
+    """The schedule of the check: chunk and whole, chunk, fork, two decode steps of three rows."""
+    long, short, fork = sequences
+    cache = KVCache(
+        layout := CacheLayout(layers=binding.layers, dtype=binding.dtype, block_tokens=BLOCK_TOKENS),
+        budget_bytes=layout.bytes_per_row_of_blocks * 64,
+        device=binding.device,
+    )
+    runner = _Runner(binding, cache, sequences)
+    a, b = cache.open(), cache.open()
+    middle = len(long) // 2 + 1
+    runner.step([(0, a, middle), (1, b, len(short) - 2)])
+    runner.step([(0, a, len(long) - 2 - middle)])
+    c = cache.fork(a)
+    runner.copy_trace(source=0, target=2)
+    for _ in range(2):
+        runner.step([(0, a, 1), (1, b, 1), (2, c, 1)])
+    assert len(fork) == c.tokens, "the fork is as long as its ending"
+    return runner.traces()
+
+
+class _Runner:
+    """Runs steps on the cache and files every row under its sequence."""
+
+    def __init__(
+        self, binding: AttentionInterfaceBinding, cache: KVCache, sequences: list[list[int]]
+    ) -> None:
+        self._binding = binding
+        self._cache = cache
+        self._sequences = sequences
+        self._regime = binding.regime(len(sequences[0]))
+        self._rows: list[dict[str, list[Tensor]]] = [{} for _ in sequences]
+
+    def step(self, requests: list[tuple[int, CachedSequence, int]]) -> None:
+        extension = self._cache.extend([(sequence, count) for _, sequence, count in requests])
+        plan = build_plan(
+            self._cache, extension, logits=[count for *_, count in requests], device=self._binding.device
+        )
+        token_ids = [
+            token
+            for index, sequence, count in requests
+            for token in self._sequences[index][sequence.tokens - count : sequence.tokens]
+        ]
+        with _recorded(self._binding) as outputs:
+            outputs["logits"] = self._binding.forward(
+                torch.tensor(token_ids, device=self._binding.device),
+                plan,
+                self._cache.store,
+                regime=self._regime,
+            )
+        self._cache.commit(extension)
+        first = 0
+        for index, _, count in requests:
+            for name, output in outputs.items():
+                self._rows[index].setdefault(name, []).append(output[first : first + count])
+            first += count
+
+    def copy_trace(self, *, source: int, target: int) -> None:
+        self._rows[target] = {name: list(rows) for name, rows in self._rows[source].items()}
+
+    def traces(self) -> list[_Trace]:
+        return [_Trace({name: torch.cat(parts) for name, parts in rows.items()}) for rows in self._rows]
+
+
+def _run_uncached(binding: AttentionInterfaceBinding, tokens: list[int], regime: Regime) -> _Trace:
+    with _recorded(binding) as outputs:
+        logits = binding.forward_uncached(
+            torch.tensor([tokens], device=binding.device), last=None, regime=regime
+        )
+        outputs["logits"] = logits[0]
+    return _Trace(outputs)
+
+
+@contextmanager
+def _recorded(binding: AttentionInterfaceBinding) -> Iterator[dict[str, Tensor]]:
+    """Within the block, the output of each attention module of a forward pass is kept, [tokens, hidden]."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            outputs[name] = (output[0] if isinstance(output, tuple) else output).flatten(0, -2).detach()
+
+        return hook
+
+    handles = [call.module.register_forward_hook(keep(call.name)) for call in binding.calls]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _compare(binding: AttentionInterfaceBinding, own: _Trace, cached: _Trace) -> float:
+    """The largest relative error over layers; raises at the first layer beyond the tolerance."""
+    tolerance, quantile = TOLERANCE.get(binding.dtype, TOLERANCE_BFLOAT16)
+    worst = 0.0
+    for name, expected in own.outputs.items():
+        got = cached.outputs[name]
+        if got.shape != expected.shape:
+            raise AttachMismatch(
+                f"`{name}` returns {tuple(got.shape)} on the cache and {tuple(expected.shape)} without it."
+            )
+        norm = expected.float().norm(dim=-1).clamp_min(1e-12)
+        errors = (got.float() - expected.float()).norm(dim=-1) / norm
+        error = float(torch.quantile(errors, quantile))
+        if not error <= tolerance:
+            row = int(errors.nan_to_num(nan=torch.inf).argmax())
+            raise AttachMismatch(
+                f"cached output differs from the model's own, first in `{name}`: relative error {error:.2g} "
+                f"(largest at position {row}), tolerance {tolerance:.2g} for {binding.dtype}. "
+                "The model is not decoded on the cache rather than decoded wrongly."
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def _limit(reach: Any) -> int:
+    return int(reach.window_tokens or reach.chunk_tokens or 0)
+
+
+def _with_small_windows(binding: AttentionInterfaceBinding) -> AttentionInterfaceBinding:
+    """The same weights under a config and modules whose windows or chunks are `SMALL_WINDOW` tokens."""
+    model = binding.model
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    try:
+        twin = copy.deepcopy(model, shared)
+    except Exception as error:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has windows longer than the check, and cannot be copied to check them: {error}"
+        ) from error
+    large = {_limit(call.shape.reach) for call in binding.calls} - {0}
+    for holder in [
+        *twin.modules(),
+        *(module.config for module in twin.modules() if hasattr(module, "config")),
+    ]:
+        for attribute in ("sliding_window", "attention_chunk_size", "window_size"):
+            if getattr(holder, attribute, None) in large:
+                setattr(holder, attribute, SMALL_WINDOW)
+    small = AttentionInterfaceBinding(twin)
+    if any(_limit(call.shape.reach) > SMALL_WINDOW for call in small.calls):
+        raise UnsupportedModel(
+            f"{type(model).__name__} has windows longer than the check, and they cannot be made smaller to check them."
+        )
+    return small
