@@ -96,7 +96,8 @@ class PrefixIndex:
         """Blocks that only the index holds, in the order in which they would be reclaimed."""
         known = np.fromiter(self._digest_by_block, dtype=np.int32, count=len(self._digest_by_block))
         blocks = known[self._pool.references[known] == 1]
-        return blocks[np.lexsort((-self._depth[blocks], self._last_used[blocks]))]
+        order: BlockIds = blocks[np.lexsort((-self._depth[blocks], self._last_used[blocks]))]
+        return order
 
     def reclaim(self, count: int) -> int:
         """Free up to `count` idle blocks, least recently used first; returns how many it freed."""

@@ -67,6 +67,11 @@ class Table:
         return int(self.runs[:, COUNT].sum())
 
     @property
+    def first_held(self) -> int:
+        """The lowest position that the table holds; `position` if it holds none."""
+        return int(self._storage[0, FIRST]) if self._count else self._position
+
+    @property
     def runs(self) -> npt.NDArray[np.int32]:
         """int32[runs, 4]: block, offset, count and first position of each run, in token order."""
         return self._storage[: self._count]

@@ -172,7 +172,7 @@ class KVCache:
     def can_truncate(self, sequence: CachedSequence, tokens: int) -> bool:
         """Whether a sequence cut to `tokens` would still hold all that its windows need."""
         return all(
-            group.group.reach.first_needed(tokens) >= int(table.runs[0, 3] if len(table.runs) else 0)
+            group.group.reach.first_needed(tokens) >= min(tokens, table.first_held)
             for table, group in zip(sequence.tables, self.groups, strict=True)
         )
 

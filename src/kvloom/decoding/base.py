@@ -101,6 +101,10 @@ class Decoder(Protocol):
         """The sequences of a request that is done: samples in order, beam hypotheses best first."""
         ...
 
+    def sequences(self) -> Tensor:
+        """int64[n, prompt + longest], prompt and new tokens of each, short rows filled as transformers fills them."""
+        ...
+
 
 def to_host(steps: list[Step]) -> list[HostStep]:
     """Bring the decisions of all requests to the host with a single synchronisation."""

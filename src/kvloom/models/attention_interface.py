@@ -103,20 +103,19 @@ class AttentionInterfaceBinding:
     @property
     def device(self) -> torch.device:
         """The device of the model's embeddings."""
-        return self.model.get_input_embeddings().weight.device  # type: ignore[return-value, union-attr]
+        return torch.device(self.model.get_input_embeddings().weight.device)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the model's weights."""
-        return self.model.dtype
+        dtype: torch.dtype = self.model.dtype
+        return dtype
 
     def check_ready(self) -> None:
         """Refuse training mode and gradient checkpointing, under which outputs or caches are not what they seem."""
         if any(module.training for module in self.model.modules()):
-            raise UnsupportedModel(
-                "the model is in training mode, so its output is random. Call model.eval() first."
-            )
-        if getattr(self.model, "is_gradient_checkpointing", False):
+            raise UnsupportedModel("the model is in training mode, so its output is random. Call model.eval() first.")
+        if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
             raise UnsupportedModel(
                 "the model has gradient checkpointing switched on, under which transformers drops its cache. "
                 "Call model.gradient_checkpointing_disable() first."
@@ -128,10 +127,10 @@ class AttentionInterfaceBinding:
         for parameter in self.model.parameters():
             digest.update(f"{parameter.data_ptr()} {parameter._version} ".encode())
         for module in self.model.modules():
-            if hasattr(module, "active_adapters"):
-                adapters = module.active_adapters
-                active = adapters() if callable(adapters) else adapters
-                digest.update(f"{active} {getattr(module, 'disable_adapters', None)} ".encode())
+            # PEFT's layers; the method of the same name on a model needs PEFT to be installed.
+            if isinstance(getattr(type(module), "active_adapters", None), property):
+                state = [getattr(module, name, None) for name in ("active_adapters", "disable_adapters", "scaling")]
+                digest.update(repr(state).encode())
         return digest.digest()
 
     def regime(self, tokens: int) -> Regime:
@@ -156,9 +155,7 @@ class AttentionInterfaceBinding:
         return logits if self._keeps_logits else logits[plan.logit_rows]
 
     @torch.no_grad()
-    def forward_uncached(
-        self, token_ids: Tensor, *, last: int | None = 1, regime: Regime | None = None
-    ) -> Tensor:
+    def forward_uncached(self, token_ids: Tensor, *, last: int | None = 1, regime: Regime | None = None) -> Tensor:
         """The model's own forward, with its own attention."""
         keep = {"logits_to_keep": last or 0} if self._keeps_logits else {}
         fixed = self.regime(token_ids.shape[1]) if regime is None else regime
@@ -204,17 +201,11 @@ class AttentionInterfaceBinding:
 
 def _refuse_by_config(model: PreTrainedModel) -> None:
     if model.config.is_encoder_decoder:
-        raise UnsupportedModel(
-            f"{type(model).__name__} is an encoder-decoder model, which is not supported yet."
-        )
+        raise UnsupportedModel(f"{type(model).__name__} is an encoder-decoder model, which is not supported yet.")
     if model.get_output_embeddings() is None:
-        raise UnsupportedModel(
-            f"{type(model).__name__} has no language-modelling head, so it gives no logits."
-        )
+        raise UnsupportedModel(f"{type(model).__name__} has no language-modelling head, so it gives no logits.")
     if getattr(model, "_is_stateful", False):
-        raise UnsupportedModel(
-            f"{type(model).__name__} keeps a recurrent state, which a key/value cache cannot hold."
-        )
+        raise UnsupportedModel(f"{type(model).__name__} keeps a recurrent state, which a key/value cache cannot hold.")
 
 
 def _configs_of(model: PreTrainedModel, text_config: Any) -> list[Any]:

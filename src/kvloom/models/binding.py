@@ -71,9 +71,7 @@ class Binding(Protocol):
         """
         ...
 
-    def forward_uncached(
-        self, token_ids: Tensor, *, last: int | None = 1, regime: Regime | None = None
-    ) -> Tensor:
+    def forward_uncached(self, token_ids: Tensor, *, last: int | None = 1, regime: Regime | None = None) -> Tensor:
         """The model's own forward over whole sequences, with nothing of ours in it.
 
         Args:

@@ -43,9 +43,7 @@ class CallableBinding:
     def check_ready(self) -> None:
         """Refuse a module that is in training mode: its dropout would make every answer another."""
         if isinstance(self._function, torch.nn.Module) and self._function.training:
-            raise UnsupportedModel(
-                "the model is in training mode, so its output is random. Call model.eval() first."
-            )
+            raise UnsupportedModel("the model is in training mode, so its output is random. Call model.eval() first.")
 
     def fingerprint(self) -> bytes:
         """Constant: nothing of a callable is ever cached."""
@@ -60,9 +58,7 @@ class CallableBinding:
         raise AssertionError("a callable has no cached forward; the engine must use forward_uncached")
 
     @torch.no_grad()
-    def forward_uncached(
-        self, token_ids: Tensor, *, last: int | None = 1, regime: Regime | None = None
-    ) -> Tensor:
+    def forward_uncached(self, token_ids: Tensor, *, last: int | None = 1, regime: Regime | None = None) -> Tensor:
         """Call the function and check the shape of what it returns."""
         logits = self._function(token_ids)
         expected = (*token_ids.shape, self.vocab_size)

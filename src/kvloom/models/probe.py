@@ -80,9 +80,7 @@ def run_probe(model: nn.Module, forward: Callable[..., Any], max_tokens: int) ->
     modules = [call.module for call in probe.calls]
     for module in modules:
         if modules.count(module) > 1:
-            raise UnsupportedModel(
-                f"attention module `{probe.names[module]}` runs more than once in a forward pass."
-            )
+            raise UnsupportedModel(f"attention module `{probe.names[module]}` runs more than once in a forward pass.")
     return tuple(probe.calls)
 
 

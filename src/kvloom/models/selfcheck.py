@@ -48,9 +48,7 @@ def prove(binding: AttentionInterfaceBinding) -> float:
     """
     tokens = CHECK_TOKENS if binding.max_tokens is None else min(CHECK_TOKENS, binding.max_tokens)
     if tokens < 12:
-        raise UnsupportedModel(
-            f"the model's context of {binding.max_tokens} tokens is too short to be checked."
-        )
+        raise UnsupportedModel(f"the model's context of {binding.max_tokens} tokens is too short to be checked.")
     subject = binding
     if any(_limit(call.shape.reach) > tokens // 2 for call in binding.calls):
         subject = _with_small_windows(binding)
@@ -67,8 +65,7 @@ def _random_sequences(vocab_size: int, tokens: int) -> list[list[int]]:
     """A long sequence, a shorter one, and a fork of the long one with an ending of its own."""
     generator = torch.Generator().manual_seed(20_26)
     long, short, ending = (
-        torch.randint(vocab_size, (count,), generator=generator).tolist()
-        for count in (tokens, tokens // 2, 3)
+        torch.randint(vocab_size, (count,), generator=generator).tolist() for count in (tokens, tokens // 2, 3)
     )
     return [long, short, long[:-2] + ending[:2]]
 
@@ -97,9 +94,7 @@ def _run_cached(binding: AttentionInterfaceBinding, sequences: list[list[int]]) 
 class _Runner:
     """Runs steps on the cache and files every row under its sequence."""
 
-    def __init__(
-        self, binding: AttentionInterfaceBinding, cache: KVCache, sequences: list[list[int]]
-    ) -> None:
+    def __init__(self, binding: AttentionInterfaceBinding, cache: KVCache, sequences: list[list[int]]) -> None:
         self._binding = binding
         self._cache = cache
         self._sequences = sequences
@@ -108,9 +103,7 @@ class _Runner:
 
     def step(self, requests: list[tuple[int, CachedSequence, int]]) -> None:
         extension = self._cache.extend([(sequence, count) for _, sequence, count in requests])
-        plan = build_plan(
-            self._cache, extension, logits=[count for *_, count in requests], device=self._binding.device
-        )
+        plan = build_plan(self._cache, extension, logits=[count for *_, count in requests], device=self._binding.device)
         token_ids = [
             token
             for index, sequence, count in requests
@@ -139,9 +132,7 @@ class _Runner:
 
 def _run_uncached(binding: AttentionInterfaceBinding, tokens: list[int], regime: Regime) -> _Trace:
     with _recorded(binding) as outputs:
-        logits = binding.forward_uncached(
-            torch.tensor([tokens], device=binding.device), last=None, regime=regime
-        )
+        logits = binding.forward_uncached(torch.tensor([tokens], device=binding.device), last=None, regime=regime)
         outputs["logits"] = logits[0]
     return _Trace(outputs)
 

@@ -1,0 +1,91 @@
+"""A context: a user's immutable handle on cached tokens."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+from kvloom.engine import Engine
+from kvloom.engine.holding import Holding
+from kvloom.errors import ContextClosed, InvalidRequest
+
+
+class Context:
+    """Tokens whose keys and values are kept, to be continued any number of times.
+
+    A context never changes: what continues it works on a fork, which shares its blocks and copies at most one,
+    when it writes there. Its blocks are freed when the context is dropped, or by `close`.
+    """
+
+    def __init__(self, engine: Engine, token_ids: Sequence[int], holding: Holding | None) -> None:
+        self.token_ids = tuple(token_ids)
+        self._engine = engine
+        self._holding = holding
+        self._closed = False
+        if holding is not None:
+            holding.claimed = True
+            self._finalizer = weakref.finalize(self, engine.release, holding)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the context stands for."""
+        return len(self.token_ids)
+
+    @property
+    def cached_tokens(self) -> int:
+        """How many of them have keys and values in the cache; the others are computed when they are needed.
+
+        The last token of a generation is such a one: it was chosen, but never run.
+        """
+        cached = None if self._holding is None else self._holding.cached
+        return 0 if cached is None else cached.tokens
+
+    @property
+    def blocks(self) -> int:
+        """Blocks held, those shared with other contexts included; in the layer group that holds most."""
+        cached = None if self._holding is None else self._holding.cached
+        return 0 if cached is None else max(len(table.runs) for table in cached.tables)
+
+    def fork(self) -> Context:
+        """Another context of the same tokens; it shares the blocks and may outlive this one."""
+        return self._cut(self.tokens)
+
+    def truncate(self, tokens: int) -> Context:
+        """A context of the first `tokens` tokens. This one is unchanged.
+
+        Layers with a sliding window may have let go of what the shorter context needs; then its tokens are
+        computed anew when it is used.
+        """
+        if not 0 < tokens <= self.tokens:
+            raise InvalidRequest(
+                f"a context of {self.tokens} tokens can be cut to 1 to {self.tokens}, not to {tokens}."
+            )
+        return self._cut(tokens)
+
+    def close(self) -> None:
+        """Free the blocks now. The context cannot be used afterwards."""
+        self._closed = True
+        if self._holding is not None:
+            self._finalizer()
+
+    def tables_for(self, engine: Engine) -> Holding | None:
+        """What stands behind the context, for the engine that made it."""
+        if self._closed:
+            raise ContextClosed("the context was closed. Prefill it again.")
+        if engine is not self._engine:
+            raise ContextClosed("the context belongs to another model. Prefill it on this one.")
+        return self._holding
+
+    def _cut(self, tokens: int) -> Context:
+        holding = self.tables_for(self._engine)
+        return Context(self._engine, self.token_ids[:tokens], self._engine.fork_holding(holding, tokens))
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{self.cached_tokens} cached, {self.blocks} blocks"
+        return f"Context({self.tokens} tokens, {state})"

@@ -1,0 +1,192 @@
+"""Beam search and beam sampling with the arithmetic of transformers 5.23.
+
+Scores are float32 sums of processed log-probabilities. A step looks at several candidates for each beam, so
+that enough of them go on when others end. Of the candidates that end, only those among the first `num_beams`
+become finished hypotheses; the best `num_beams` that do not end are the next beams. Finished hypotheses are
+ranked by score / new_tokens^length_penalty. The order of the additions is transformers' as well: the score
+of what cannot happen is lowered by 1e9, and which of two such scores wins is a matter of rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvloom.decoding.base import HostStep, Hypothesis, Step
+from kvloom.decoding.beam_state import IMPOSSIBLE, BeamRules, Beams, BeamStep, Candidates, Finished
+from kvloom.decoding.randomness import generator_for
+from kvloom.decoding.shared import Shared, filled
+from kvloom.decoding.trace import Path, Record, Trace
+
+
+class BeamSearch:
+    """Beam search over one prompt; with a seed, beam sampling.
+
+    The first decision takes one row of logits and names row 0 as the parent of all beams. From then on the
+    rows are the running beams. A finished hypothesis leaves them at once; `finished` of a step is False for
+    every row until the whole search ends, and then True for every row.
+
+    Beam sampling draws its candidates without replacement by an exponential race (Efraimidis and Spirakis,
+    2006), as `torch.multinomial` does, with noise made on the CPU: where the logits are the same, a seed
+    gives what transformers gives on the CPU after `torch.manual_seed(seed)`.
+    """
+
+    def __init__(self, prompt_ids: list[int], shared: Shared, *, rules: BeamRules) -> None:
+        """A search by `rules`; beam sampling if `shared` has a seed."""
+        self.seed = shared.seed
+        self._prompt_ids = list(prompt_ids)
+        self._shared = shared
+        self._rules = rules
+        self._trace = Trace(shared.observer)
+        self._generator = None if shared.seed is None else generator_for(shared.seed)
+        self._beams = _start(prompt_ids, rules.num_beams, shared.device)
+        self._done = False
+
+    @property
+    def done(self) -> bool:
+        """Whether the search has ended."""
+        return self._done
+
+    @property
+    def rows(self) -> int:
+        """1 for the first decision, then `num_beams`."""
+        if self._done:
+            return 0
+        return self._rules.num_beams if len(self._trace) else 1
+
+    @property
+    def steps(self) -> int:
+        """How many decisions have been taken over."""
+        return len(self._trace)
+
+    @torch.no_grad()
+    def decide(self, logits: Tensor) -> Step:
+        """Choose the next beams from `logits`, float[rows, vocab]. Changes no state."""
+        assert logits.shape[0] == self.rows, f"{logits.shape[0]} rows of logits for {self.rows} beams"
+        raw = self._shared.observer.logprobs(logits)
+        generator = None if self._generator is None else self._generator.clone_state()
+        candidates, stopped = self._candidates(self._scores(logits, raw), generator)
+        # Before the first decision all beams are the one row of the prompt.
+        parents = candidates.beams if len(self._trace) else torch.zeros_like(candidates.beams)
+        logprobs = raw[parents, candidates.tokens]
+        beams, kept = self._next(candidates)
+        over = self._over(beams, candidates)
+        extras = self._shared.observer.extras(logits, raw)
+        return BeamStep(
+            tokens=candidates.tokens[kept],
+            parents=parents[kept],
+            finished=over.expand(kept.shape[0]),
+            logprobs=logprobs[kept],
+            beams=beams,
+            record=Record(candidates.tokens, parents, logprobs, stopped, extras),
+            kept=kept,
+            generator=generator,
+        )
+
+    def _scores(self, logits: Tensor, raw: Tensor) -> Tensor:
+        """float32[num_beams, vocab]: the score of each beam continued by each token."""
+        logprobs = torch.log_softmax(logits.float(), dim=-1) if self._shared.observer.mend else raw
+        logprobs = logprobs.expand(self._rules.num_beams, -1)
+        if self._shared.processors:
+            # A processor may write into what it is given.
+            logprobs = self._shared.processors(self._beams.sequences, logprobs.clone())
+        return logprobs + self._beams.scores[:, None]
+
+    def _candidates(self, scores: Tensor, generator: torch.Generator | None) -> tuple[Candidates, Tensor | None]:
+        """The candidates of this step, and which of them met a stop string or criterion."""
+        vocab = scores.shape[1]
+        flat = scores.reshape(-1)
+        chosen = _draw(flat, self._rules.candidates, generator)
+        beams, tokens = chosen // vocab, chosen % vocab
+        sequences = torch.cat([self._beams.sequences[beams], tokens[:, None]], dim=1)
+        stops = self._shared.stopping.check(sequences)
+        return Candidates(flat[chosen], beams, tokens, sequences, stops.finished), stops.stopped
+
+    def _next(self, candidates: Candidates) -> tuple[Beams, Tensor]:
+        """The state after this step, and which candidates run on: int64[num_beams]."""
+        running = candidates.scores + candidates.ends.float() * IMPOSSIBLE
+        kept = running.topk(self._rules.num_beams).indices
+        finished = self._beams.finished.best_with(self._ended(candidates))
+        hopeful = self._beams.hopeful & self._can_improve(running[kept], finished)
+        return Beams(candidates.sequences[kept], running[kept], finished, hopeful), kept
+
+    def _ended(self, candidates: Candidates) -> Finished:
+        """The candidates as hypotheses, out of the running unless they end here and are good enough."""
+        before, rules = self._beams, self._rules
+        order = torch.arange(rules.candidates, device=candidates.scores.device)
+        real = candidates.ends & (order < rules.num_beams)
+        scores = candidates.scores / rules.divisor(len(self._trace) + 1)
+        for barred in (self._full(before), ~before.hopeful, ~real):
+            scores = scores + barred.float() * IMPOSSIBLE
+        return Finished(scores, real, torch.full_like(order, len(self._trace)), order)
+
+    def _full(self, beams: Beams) -> Tensor:
+        """bool[]: there are `num_beams` hypotheses, and that is enough."""
+        return beams.finished.real.all() & (self._rules.early_stopping is True)
+
+    def _can_improve(self, scores: Tensor, finished: Finished) -> Tensor:
+        """bool[]: whether the best beam, at the length it may hope for, beats a finished hypothesis."""
+        length = self._rules.hopeful_length(len(self._trace) + 1)
+        best = scores[0] / self._rules.divisor(length)
+        return (best > torch.where(finished.real, finished.scores.min(), IMPOSSIBLE)).any()
+
+    def _over(self, beams: Beams, candidates: Candidates) -> Tensor:
+        """bool[]: nothing better can come, enough has been found, or nothing can go on."""
+        return ~beams.hopeful | self._full(beams) | candidates.ends.all()
+
+    def advance(self, step: Step, host: HostStep) -> None:
+        """Take over `step`, which the engine has applied."""
+        assert isinstance(step, BeamStep), "advance takes a step that this decoder decided"
+        self._trace.append(step.record, step.kept)
+        self._beams = step.beams
+        self._generator = step.generator
+        self._done = all(host.finished)
+
+    def results(self) -> list[Hypothesis]:
+        """The best `num_return_sequences` hypotheses, best first.
+
+        If processors forbid so much that fewer exist, the last ones are what transformers returns then: they
+        score -1e9 or less, and may be empty.
+        """
+        assert self._done, "results are read when the search has ended"
+        finished, wanted = self._beams.finished, self._rules.num_return_sequences
+        ends = torch.stack([finished.steps, finished.candidates], dim=1)[:wanted].tolist()
+        paths = self._trace.paths([(step, candidate) for step, candidate in ends])
+        scores = finished.scores[:wanted].tolist()
+        return [self._hypothesis(path, score) for path, score in zip(paths, scores, strict=True)]
+
+    def _hypothesis(self, path: Path, score: float) -> Hypothesis:
+        last = path.token_ids[-1] if path.token_ids else -1
+        return Hypothesis(
+            token_ids=path.token_ids,
+            logprobs=path.logprobs,
+            finish_reason=self._shared.stopping.reason(last, path.stopped),
+            score=score,
+            top_logprobs=path.top_logprobs,
+            logits=path.logits,
+        )
+
+    def sequences(self) -> Tensor:
+        """int64[num_return_sequences, prompt + longest], short ones filled as transformers does."""
+        return filled(self._prompt_ids, [found.token_ids for found in self.results()], self._shared.fill)
+
+
+def _start(prompt_ids: list[int], num_beams: int, device: torch.device) -> Beams:
+    # All beams start alike: only the first may be continued, or they would all choose the same tokens.
+    scores = torch.full((num_beams,), IMPOSSIBLE, dtype=torch.float32, device=device)
+    scores[0] = 0.0
+    return Beams(
+        sequences=torch.tensor([prompt_ids] * num_beams, dtype=torch.int64, device=device),
+        scores=scores,
+        finished=Finished.none(num_beams, device),
+        hopeful=torch.ones((), dtype=torch.bool, device=device),
+    )
+
+
+def _draw(scores: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """int64[count] indices into `scores`: the best, or, with a generator, drawn without replacement."""
+    if generator is None:
+        return scores.topk(count).indices
+    probabilities = torch.softmax(scores, dim=-1)
+    noise = torch.empty(scores.shape, dtype=scores.dtype).exponential_(generator=generator)
+    return (probabilities / noise.to(scores.device)).topk(count).indices

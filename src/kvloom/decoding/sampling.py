@@ -1,0 +1,164 @@
+"""Greedy decoding and sampling: each row chooses its next token by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvloom.decoding.base import HostStep, Hypothesis, Step
+from kvloom.decoding.randomness import Uniforms, sample_seed
+from kvloom.decoding.shared import Shared, filled
+from kvloom.decoding.trace import Record, Trace
+
+
+@dataclass(frozen=True)
+class SamplingStep(Step):
+    """A `Step` with what the next one needs.
+
+    Attributes:
+        sequences: int64[rows_after, length], prompt and new tokens of each row.
+        record: what the trace keeps of it.
+    """
+
+    sequences: Tensor
+    record: Record
+
+
+class GreedyOrSampling:
+    """Greedy decoding (one sequence) or sampling (`num_return_sequences` independent ones).
+
+    The first decision fans out from row 0. Rows finish independently: `rows` counts those that go on, in the
+    order of the samples. Processors see the rows that go on, prompt and new tokens of each.
+
+    Sampling inverts the cumulative distribution in float64 with one uniform number a row and step, drawn from
+    the sample's own generator. So a sample does not depend on its batch mates, and differs between devices
+    only as far as their logits do.
+    """
+
+    def __init__(self, prompt_ids: list[int], shared: Shared, *, samples: int = 1) -> None:
+        """A decoder of `samples` sequences; greedy if `shared.seed` is None."""
+        self.seed = shared.seed
+        self._prompt_ids = list(prompt_ids)
+        self._shared = shared
+        self._trace = Trace(shared.observer)
+        self._history = torch.tensor([prompt_ids], dtype=torch.int64, device=shared.device)
+        self._live = list(range(samples))
+        self._live_index = torch.arange(samples, device=shared.device)
+        self._ends: dict[int, tuple[int, int]] = {}
+        self._uniforms = self._make_uniforms(shared.seed, samples)
+
+    def _make_uniforms(self, seed: int | None, samples: int) -> Uniforms | None:
+        if seed is None:
+            return None
+        return Uniforms([sample_seed(seed, index) for index in range(samples)], self._shared.device)
+
+    @property
+    def done(self) -> bool:
+        """Whether every sequence has ended."""
+        return not self._live
+
+    @property
+    def rows(self) -> int:
+        """1 for the first decision, then the number of sequences that go on."""
+        return len(self._live) if len(self._trace) or self.done else 1
+
+    @torch.no_grad()
+    def decide(self, logits: Tensor) -> Step:
+        """Choose a token for each row of `logits`, float[rows, vocab]. Changes no state."""
+        assert logits.shape[0] == self.rows, f"{logits.shape[0]} rows of logits for {self.rows} sequences"
+        parents = self._parents()
+        raw = self._shared.observer.logprobs(logits)
+        history = self._fan_out(self._history)
+        tokens, possible = self._choose(self._processed(history, self._fan_out(logits.float())))
+        logprobs = torch.where(possible, raw[parents, tokens], torch.nan)
+        sequences = torch.cat([history, tokens[:, None]], dim=1)
+        stops = self._shared.stopping.check(sequences)
+        extras = self._shared.observer.extras(logits, raw)
+        return SamplingStep(
+            tokens=tokens,
+            parents=parents,
+            finished=stops.finished,
+            logprobs=logprobs,
+            sequences=sequences,
+            record=Record(tokens, parents, logprobs, stops.stopped, extras),
+        )
+
+    def _parents(self) -> Tensor:
+        """int64[rows_after]: each row continues itself, except that all samples start from the prompt."""
+        rows = torch.arange(len(self._live), device=self._history.device)
+        return rows if len(self._trace) else torch.zeros_like(rows)
+
+    def _fan_out(self, rows: Tensor) -> Tensor:
+        return rows if len(self._trace) else rows.expand(len(self._live), -1)
+
+    def _processed(self, history: Tensor, scores: Tensor) -> Tensor:
+        if not self._shared.processors:
+            return scores
+        # A processor may write into the scores; the logits are the engine's.
+        processed: Tensor = self._shared.processors(history.contiguous(), scores.clone())
+        return processed
+
+    def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The token of each row, int64[rows], and whether it was possible at all, bool[rows]."""
+        if self._uniforms is None:
+            tokens = scores.argmax(dim=-1)
+            return tokens, scores.gather(1, tokens[:, None])[:, 0] > -torch.inf
+        uniforms = self._uniforms.at(len(self._trace))[self._live_index]
+        return invert_cdf(scores, uniforms)
+
+    def advance(self, step: Step, host: HostStep) -> None:
+        """Take over `step`, which the engine has applied; finished rows leave."""
+        assert isinstance(step, SamplingStep), "advance takes a step that this decoder decided"
+        position = len(self._trace)
+        kept = [row for row, finished in enumerate(host.finished) if not finished]
+        self._ends |= {self._live[row]: (position, row) for row, finished in enumerate(host.finished) if finished}
+        index = torch.arange(len(host.finished), device=step.tokens.device)
+        self._history = step.sequences
+        if len(kept) < len(host.finished):
+            index = torch.tensor(kept, dtype=torch.int64, device=step.tokens.device)
+            self._history, self._live_index = step.sequences[index], self._live_index[index]
+            self._live = [self._live[row] for row in kept]
+        self._trace.append(step.record, index)
+
+    def results(self) -> list[Hypothesis]:
+        """The sequences of a request that is done, in the order of the samples."""
+        assert self.done, "results are read when every sequence has ended"
+        paths = self._trace.paths([self._ends[sample] for sample in sorted(self._ends)])
+        return [
+            Hypothesis(
+                token_ids=path.token_ids,
+                logprobs=path.logprobs,
+                finish_reason=self._shared.stopping.reason(path.token_ids[-1], path.stopped),
+                top_logprobs=path.top_logprobs,
+                logits=path.logits,
+            )
+            for path in paths
+        ]
+
+    def sequences(self) -> Tensor:
+        """int64[num_return_sequences, prompt + longest], short ones filled with PAD as transformers does."""
+        return filled(self._prompt_ids, [found.token_ids for found in self.results()], self._shared.fill)
+
+
+def invert_cdf(scores: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw a token for each row: the first whose cumulative probability exceeds the row's uniform number.
+
+    A token of probability 0 is never drawn, not even where rounding, or a parallel prefix sum that is not
+    quite monotone, would reach it.
+
+    Args:
+        scores: float[rows, vocab], unnormalised; -inf forbids a token.
+        uniforms: float64[rows] in [0, 1).
+
+    Returns:
+        int64[rows] tokens; bool[rows], False where no token was possible (all forbidden, or NaN).
+    """
+    probabilities = torch.softmax(scores.double(), dim=-1)
+    cumulative = probabilities.cumsum(dim=-1).masked_fill(probabilities == 0, -1.0)
+    total = cumulative.amax(dim=-1)
+    # Keep the target below the total, so that a last token with a probability always exceeds it.
+    target = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
+    tokens = (cumulative > target[:, None]).to(torch.uint8).argmax(dim=-1)
+    return tokens, probabilities.gather(1, tokens[:, None])[:, 0] > 0

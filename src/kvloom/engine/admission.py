@@ -1,0 +1,72 @@
+"""Who may start: the worst case of every running request must fit beside the contexts that users hold.
+
+Because a request reserves all that it can come to need, a running request never meets a full pool: later
+requests wait instead, and one that could never fit is refused before any work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kvloom.cache import KVCache
+from kvloom.engine.holding import Holding, Holdings
+from kvloom.engine.planner import worst_case_blocks
+from kvloom.errors import CacheFull
+from kvloom.models import Binding
+
+Blocks = tuple[int, ...]
+"""A number of blocks for each layer group."""
+
+
+class Admission:
+    """Counts what may still be promised of one cache's blocks."""
+
+    def __init__(self, cache: KVCache, holdings: Holdings, binding: Binding, *, step_tokens: int) -> None:
+        self._cache = cache
+        self._holdings = holdings
+        self._binding = binding
+        self._step_tokens = step_tokens
+
+    def worst_case(self, *, prompt_tokens: int, new_tokens: int, rows: int, context: Holding | None) -> Blocks:
+        """The most blocks that a request can come to hold beyond those of its context."""
+        # Rows whose rotary factors change on the way compute the prompt anew, each for itself.
+        constant = self._binding.regime(prompt_tokens) == self._binding.regime(prompt_tokens + new_tokens)
+        need = worst_case_blocks(
+            self._cache.layout,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            rows=rows,
+            step_tokens=self._step_tokens,
+            shares_prompt=constant,
+        )
+        if context is None or context.cached is None or not constant:
+            return need
+        # The context's full blocks are held already, and never copied.
+        full = (max(len(table.runs) - 1, 0) for table in context.cached.tables)
+        return tuple(max(own - shared, 1) for own, shared in zip(need, full, strict=True))
+
+    def fits(self, need: Blocks, reserved: Iterable[Blocks]) -> bool:
+        """Whether `need` fits beside what is `reserved` and what users' contexts hold."""
+        taken = [sum(group) for group in zip(self._holdings.claimed_blocks(), *reserved, strict=True)]
+        return all(own + others <= self._cache.blocks for own, others in zip(need, taken, strict=True))
+
+    def refuse_unless_possible(self, need: Blocks, what: str, *, reserved: Iterable[Blocks] = ()) -> None:
+        """Raise `CacheFull` with need, have and remedy if `need` does not fit."""
+        if self.fits(need, reserved := list(reserved)):
+            return
+        layout, pool = self._cache.layout, self._cache.blocks
+        held = self._holdings.claimed_blocks()
+        taken = [sum(group) for group in zip(held, *reserved, strict=True)]
+        worst = max(range(len(need)), key=lambda group: need[group] + taken[group])
+        beside = f", {held[worst]} of them held by contexts" if held[worst] else ""
+        running = f", {taken[worst] - held[worst]} reserved by running requests" if taken[worst] > held[worst] else ""
+        budget = (need[worst] + taken[worst]) * layout.bytes_per_row_of_blocks
+        raise CacheFull(
+            f"{what} needs {need[worst]} blocks of {layout.block_tokens} tokens; the pool has {pool}{beside}{running} "
+            f"({_mebibytes(self._cache.store.allocated_bytes)}). Raise budget_bytes to at least {budget:,} "
+            f"({_mebibytes(budget)}), or lower max_new_tokens or the number of sequences."
+        )
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

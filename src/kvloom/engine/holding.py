@@ -1,0 +1,62 @@
+"""Tables that outlive their request: what stands behind a user's context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvloom.cache import CachedSequence, KVCache
+from kvloom.models.binding import Regime
+
+
+@dataclass(eq=False)
+class Holding:
+    """Tables kept for later use.
+
+    Attributes:
+        cached: the tables; None once they were given up. Their tokens are then computed anew when needed.
+        regime: the rotary regime under which they were computed.
+        claimed: whether a user holds a context on them. Unclaimed holdings are the tables of results whose
+            `context` nobody has asked for; they are given up, oldest first, when blocks run short.
+    """
+
+    cached: CachedSequence | None
+    regime: Regime
+    claimed: bool
+
+
+class Holdings:
+    """All holdings on one cache."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self._cache = cache
+        self._all: dict[int, Holding] = {}  # by id, oldest first
+
+    def add(self, cached: CachedSequence, regime: Regime, *, claimed: bool) -> Holding:
+        """Keep `cached`, which now belongs to the holding."""
+        holding = Holding(cached, regime, claimed)
+        self._all[id(holding)] = holding
+        return holding
+
+    def release(self, holding: Holding) -> None:
+        """Let go of a holding's tables. May be called more than once."""
+        if holding.cached is not None:
+            self._cache.close(holding.cached)
+            holding.cached = None
+        self._all.pop(id(holding), None)
+
+    def release_oldest_unclaimed(self) -> bool:
+        """Let go of the oldest tables that no user has claimed; False if there are none."""
+        oldest = next((holding for holding in self._all.values() if not holding.claimed), None)
+        if oldest is not None:
+            self.release(oldest)
+        return oldest is not None
+
+    def release_all(self) -> None:
+        """Let go of everything."""
+        for holding in list(self._all.values()):
+            self.release(holding)
+
+    def claimed_blocks(self) -> tuple[int, ...]:
+        """For each layer group, the distinct blocks that users' contexts hold."""
+        claimed = [holding.cached for holding in self._all.values() if holding.claimed and holding.cached is not None]
+        return self._cache.blocks_held(claimed)

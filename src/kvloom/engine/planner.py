@@ -1,0 +1,64 @@
+"""How many blocks a request can come to hold, and how many the pool should have."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from kvloom.cache import CacheLayout, Reach
+
+DEFAULT_SEQUENCES = 8
+DEFAULT_CONTEXT = 4_096
+DEFAULT_SHARE_OF_MEMORY = 0.25
+
+
+def worst_case_blocks(
+    layout: CacheLayout, *, prompt_tokens: int, new_tokens: int, rows: int, step_tokens: int, shares_prompt: bool = True
+) -> tuple[int, ...]:
+    """For each layer group, the most distinct blocks that a request can hold at once.
+
+    One row holds its tokens. Several rows hold the prompt once and each its own new tokens, and each may have
+    copied the block in which the prompt ends: ceil(prompt / block) + rows x (ceil(new / block) + 1).
+
+    Args:
+        step_tokens: the longest chunk of a prompt; a window keeps its width and one chunk.
+        shares_prompt: False if the rows may have to compute the prompt apart (rotary factors that change).
+    """
+
+    def blocks(tokens: int, reach: Reach) -> int:
+        limit = reach.window_tokens or reach.chunk_tokens
+        kept = tokens if limit is None else min(tokens, limit + step_tokens + layout.block_tokens)
+        return layout.blocks_of(kept)
+
+    def group(reach: Reach) -> int:
+        alone = blocks(prompt_tokens + new_tokens, reach)
+        if rows == 1 or not shares_prompt:
+            return rows * alone
+        return blocks(prompt_tokens, reach) + rows * (layout.blocks_of(new_tokens) + 1)
+
+    return tuple(group(layer_group.reach) for layer_group in layout.groups)
+
+
+def default_budget_bytes(layout: CacheLayout, *, max_tokens: int | None, device: torch.device) -> int:
+    """Eight sequences of the model's whole context, but at most a quarter of the memory that is available.
+
+    On a CPU the operating system hands out the pages of the store as they are first written, so a budget that
+    is not used costs nothing.
+    """
+    wanted = DEFAULT_SEQUENCES * layout.bytes_per_token * ((max_tokens or DEFAULT_CONTEXT) + layout.block_tokens)
+    available = int(DEFAULT_SHARE_OF_MEMORY * available_memory_bytes(device))
+    return max(min(wanted, available), layout.bytes_per_row_of_blocks)
+
+
+def available_memory_bytes(device: torch.device) -> int:
+    """Bytes that a new allocation on `device` could take now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,119 @@
+"""A request: one prompt, its decoder, and the rows that are being decoded for it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from kvloom.cache import CachedSequence
+from kvloom.decoding import Decoder
+from kvloom.engine.holding import Holding
+from kvloom.models.binding import Regime
+
+
+@dataclass(eq=False)
+class Row:
+    """One live sequence of a request.
+
+    Attributes:
+        token_ids: prompt and new tokens so far.
+        cached: the tables that hold their keys and values; None without a cache.
+        regime: the rotary regime under which these were computed.
+        logits: of the last token, float[vocab], once everything is computed; None before.
+    """
+
+    token_ids: list[int]
+    cached: CachedSequence | None
+    regime: Regime
+    logits: Tensor | None = None
+
+    @property
+    def computed(self) -> int:
+        """Tokens whose keys and values are in the cache."""
+        return self.cached.tokens if self.cached else 0
+
+    @property
+    def pending(self) -> int:
+        """Tokens that must still be run before logits are known."""
+        return 0 if self.logits is not None else len(self.token_ids) - self.computed
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a request cost.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt, those of the context included.
+        cached_prompt_tokens: of these, found in the cache.
+        computed_prompt_tokens: of these, computed; with eight beams the prompt is still computed once.
+        new_tokens: generated tokens, over all returned sequences.
+        peak_blocks: most blocks held at once, shared ones counted once; in the layer group that held most.
+        peak_bytes: most bytes of keys and values held at once, over all layer groups.
+        seconds: from submission to the last token.
+    """
+
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    computed_prompt_tokens: int
+    new_tokens: int
+    peak_blocks: int
+    peak_bytes: int
+    seconds: float
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt on its way through the engine. Made by the caller, changed by the engine alone.
+
+    Attributes:
+        prompt_ids: the whole prompt, the context's tokens included.
+        decoder: chooses the tokens.
+        max_new_tokens: the most tokens that a row can get; bounds the memory that is reserved.
+        max_rows: the most rows that can live at once (beams, or samples).
+        use_cache: without it every step computes whole sequences by the model's own forward.
+        context: tables to fork instead of opening new ones; they stay the caller's.
+        keep_tables: whether finished rows hand their tables on as contexts (beams do not: their hypotheses
+            outlive their rows).
+    """
+
+    prompt_ids: list[int]
+    decoder: Decoder
+    max_new_tokens: int
+    max_rows: int
+    use_cache: bool = True
+    context: Holding | None = None
+    keep_tables: bool = True
+
+    id: int = -1
+    rows: list[Row] = field(default_factory=list)
+    started: bool = False
+    done: bool = False
+    error: BaseException | None = None
+    streamed: list[tuple[int, float]] = field(default_factory=list)
+    finished_rows: list[Row] = field(default_factory=list)
+    cached_prompt_tokens: int = 0
+    computed_prompt_tokens: int = 0
+    peak_by_group: tuple[int, ...] = ()
+    peak_bytes: int = 0
+    reserved: tuple[int, ...] = ()
+    submitted_at: float = field(default_factory=time.perf_counter)
+    finished_at: float = 0.0
+
+    def describe(self) -> str:
+        """The request in the words of an error message."""
+        rows = "" if self.max_rows == 1 else f" and {self.max_rows} sequences"
+        return f"a {len(self.prompt_ids):,}-token prompt with up to {self.max_new_tokens:,} new tokens{rows}"
+
+    def usage(self, new_tokens: int) -> Usage:
+        """What the request has cost so far."""
+        return Usage(
+            prompt_tokens=len(self.prompt_ids),
+            cached_prompt_tokens=self.cached_prompt_tokens,
+            computed_prompt_tokens=self.computed_prompt_tokens,
+            new_tokens=new_tokens,
+            peak_blocks=max(self.peak_by_group, default=0),
+            peak_bytes=self.peak_bytes,
+            seconds=(self.finished_at or time.perf_counter()) - self.submitted_at,
+        )

@@ -1,0 +1,36 @@
+"""Which rows run in the next step, and how many of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kvloom.engine.request import Request, Row
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """A row and how many of its pending tokens run now."""
+
+    request: Request
+    row: Row
+    count: int
+
+
+def schedule(requests: Iterable[Request], *, step_tokens: int) -> list[Scheduled]:
+    """Rows that need a single token come first; the rest of `step_tokens` goes to prompts, oldest first.
+
+    Several rows of one request that must compute a prompt do so one after the other, so that the later ones
+    find the earlier one's blocks in the prefix index.
+    """
+    live = [request for request in requests if request.started and not request.done]
+    decode = [Scheduled(r, row, 1) for r in live for row in r.rows if row.pending == 1]
+    room = max(step_tokens - len(decode), 1)
+    prompts = []
+    for request in live:
+        row = next((row for row in request.rows if row.pending > 1), None)
+        if row is not None and room > 0:
+            count = min(row.pending, room)
+            prompts.append(Scheduled(request, row, count))
+            room -= count
+    return decode + prompts

@@ -1,0 +1,160 @@
+"""From a hub id or a folder to a model and its tokenizer, with one clear error for each thing that can be wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from kvloom.errors import CorruptCheckpoint, InvalidRequest, ModelNotFound, TokenizerMismatch, UnsupportedModel
+
+DEMO_MODEL = Path(__file__).parent / "demo_model"
+
+
+def load_pretrained(
+    name: str | os.PathLike[str] | None, *, dtype: torch.dtype | str | None, device: torch.device
+) -> tuple[PreTrainedModel, Any]:
+    """The model, in evaluation mode on `device`, and its tokenizer (None if the checkpoint has none).
+
+    Args:
+        name: a folder or a hub id; None for the bundled demonstration model.
+        dtype: by default that of the checkpoint.
+
+    Raises:
+        ModelNotFound, CorruptCheckpoint, UnsupportedModel, TokenizerMismatch.
+    """
+    source = _locate(name)
+    if isinstance(source, Path):
+        _check_files(source)
+    config = _read_config(source)
+    model = _read_weights(source, config, read_dtype(dtype)).to(device).eval()
+    tokenizer = _read_tokenizer(source)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, _embedding_rows(model))
+    return model, tokenizer
+
+
+def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
+    """A torch dtype from its name; "auto", the checkpoint's, for None."""
+    if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
+        return dtype or "auto"
+    found = getattr(torch, str(dtype), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InvalidRequest(f"`dtype={dtype}` is not a floating-point dtype such as float32 or bfloat16.")
+    return found
+
+
+def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
+    """Refuse a tokenizer that can produce ids beyond the model's embeddings."""
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= vocab_size:
+        raise TokenizerMismatch(
+            f"the tokenizer has ids up to {largest}, but the model's vocabulary ends at {vocab_size - 1}. "
+            "Use the tokenizer that belongs to the model."
+        )
+
+
+def _locate(name: str | os.PathLike[str] | None) -> Path | str:
+    """A folder, or a hub id."""
+    if name is None:
+        return DEMO_MODEL
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    text = os.fspath(name)
+    looks_like_a_path = text.startswith((".", "/", "~")) or text.count("/") > 1
+    if folder.exists() or looks_like_a_path:
+        raise ModelNotFound(f"there is no model folder `{text}`.")
+    return text
+
+
+def _check_files(folder: Path) -> None:
+    """Look at the files before transformers does, whose errors speak of other things."""
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ModelNotFound(f"`{folder}` holds no config.json, so it is not a model folder.")
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CorruptCheckpoint(f"`{config}` cannot be read: {_first_line(error)}") from error
+    for weights in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(weights, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CorruptCheckpoint(f"`{weights}` is damaged or incomplete: {_first_line(error)}") from error
+
+
+def _read_config(source: Path | str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ModelNotFound(
+            f"`{source}` is neither a folder nor a model that can be fetched from the hub: {_first_line(error)}"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UnsupportedModel(f"the config of `{source}` cannot be used: {_first_line(error)}") from error
+
+
+def _read_weights(source: Path | str, config: Any, dtype: torch.dtype | str) -> PreTrainedModel:
+    try:
+        with _quiet(local=isinstance(source, Path)):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source, config=config, dtype=dtype, output_loading_info=True
+            )
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        raise CorruptCheckpoint(f"the weights of `{source}` cannot be read: {_first_line(error)}") from error
+    except OSError as error:
+        raise CorruptCheckpoint(f"`{source}` holds no complete set of weights: {_first_line(error)}") from error
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModel(f"`{source}` is not a causal language model: {_first_line(error)}") from error
+    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if missing:
+        raise CorruptCheckpoint(
+            f"the checkpoint `{source}` lacks {len(missing)} of the model's weights, `{missing[0]}` first; "
+            "transformers would have made them up."
+        )
+    return model
+
+
+@contextmanager
+def _quiet(*, local: bool) -> Iterator[None]:
+    """Without transformers' load report, and for local files without its progress bar: we report ourselves."""
+    verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    if local:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+def _read_tokenizer(source: Path | str) -> Any:
+    """The checkpoint's tokenizer; None if it has no tokenizer files."""
+    if isinstance(source, Path) and not any(source.glob("*token*")) and not (source / "vocab.json").is_file():
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except Exception as error:
+        raise CorruptCheckpoint(f"the tokenizer of `{source}` cannot be read: {_first_line(error)}") from error
+
+
+def _embedding_rows(model: PreTrainedModel) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,103 @@
+"""What calls return."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from kvloom.decoding import FinishReason, TopLogprobs
+from kvloom.engine import Usage
+
+if TYPE_CHECKING:
+    from kvloom.context import Context
+
+
+@dataclass(eq=False, kw_only=True)
+class Generation:
+    """One generated sequence.
+
+    Attributes:
+        text: what the new tokens say, special tokens left out; "" without a tokenizer.
+        tokens: the new tokens as strings; empty without a tokenizer.
+        token_ids: the new tokens, the EOS token included where it was chosen.
+        logprobs: raw log-softmax of each new token, before temperature, penalties and filters.
+        top_logprobs: with `top_logprobs=k`, the k likeliest tokens of each step.
+        logits: with `output_logits=True`, float32[new_tokens, vocab], before any processing.
+        finish_reason: "eos", "length" or "stop".
+        score: of a beam hypothesis: the sum of its log-probabilities / length ** length_penalty.
+        usage: what the request cost, over all its sequences.
+    """
+
+    text: str
+    tokens: list[str]
+    token_ids: list[int]
+    logprobs: list[float]
+    top_logprobs: list[TopLogprobs] | None = field(repr=False)
+    logits: Tensor | None = field(repr=False)
+    finish_reason: FinishReason
+    score: float | None
+    usage: Usage
+    _make_context: Callable[[], Context] = field(repr=False)
+    _context: Context | None = field(default=None, repr=False)
+
+    @property
+    def context(self) -> Context:
+        """A context of the prompt and the new tokens: pass it on to continue.
+
+        Until it is first asked for, the engine may give up the tables behind it when blocks run short; they
+        are then computed anew when the context is used.
+        """
+        if self._context is None:
+            self._context = self._make_context()
+        return self._context
+
+    def when_dropped(self, callback: Callable[..., None], *arguments: object) -> None:
+        """Call back once nobody holds this result any more."""
+        weakref.finalize(self, callback, *arguments)
+
+
+class Hypotheses(list[Generation]):
+    """The sequences of one prompt: samples in order, or beam hypotheses best first.
+
+    Attributes:
+        sequences: int64[n, prompt + longest], prompt and new tokens of each as `transformers.generate` returns
+            them: short rows are filled with what the installed transformers fills them with.
+    """
+
+    def __init__(self, generations: Iterable[Generation], sequences: Tensor) -> None:
+        super().__init__(generations)
+        self.sequences = sequences
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step of `stream` adds.
+
+    Attributes:
+        text: new text; may be empty while a character spans tokens, or for a special token.
+        token_id: the token that was chosen.
+        logprob: its raw log-softmax.
+        finish_reason: None until the last piece.
+    """
+
+    text: str
+    token_id: int
+    logprob: float
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Extended:
+    """What `LanguageModel.extend` returns.
+
+    Attributes:
+        logits: float[new_tokens, vocab]: a row for each of the tokens just passed, none for earlier ones.
+        context: the context with these tokens appended; the one that was passed is unchanged.
+    """
+
+    logits: Tensor
+    context: Context

@@ -1,0 +1,77 @@
+"""Between text and token ids: prompts in, pieces of text out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+INCOMPLETE = "\ufffd"
+"""What a tokenizer decodes to while the bytes of a character are not complete."""
+
+PROMPT_TAIL_TOKENS = 8
+"""Enough of the prompt for a tokenizer to see whether the first new word follows a space."""
+
+
+def encode_start(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of text at the start of a sequence, with the special tokens that the tokenizer adds."""
+    return list(tokenizer(text).input_ids)
+
+
+def encode_continuation(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of text in the middle of a sequence: no special tokens, no space that is not in the text.
+
+    Some tokenizers put a space before whatever they encode. Then the text is encoded behind an anchor, whose
+    own tokens are cut off again.
+    """
+    plain = list(tokenizer(text, add_special_tokens=False).input_ids)
+    anchor = "\n"
+    before = list(tokenizer(anchor, add_special_tokens=False).input_ids)
+    anchored = list(tokenizer(anchor + text, add_special_tokens=False).input_ids)
+    if before and anchored[: len(before)] == before and anchored[len(before) :] != plain:
+        return anchored[len(before) :]
+    return plain
+
+
+class Detokenizer:
+    """Turns tokens into text as they come; holds back what is not a whole character yet.
+
+    The pieces of a sequence, joined, are its text. Tokens are decoded behind some of the tokens before them,
+    because many tokenizers drop a leading space at the start of what they decode.
+    """
+
+    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._token_ids = list(prompt_ids[-PROMPT_TAIL_TOKENS:])
+        self._context_start = 0
+        self._shown_end = len(self._token_ids)
+
+    def push(self, token_id: int) -> str:
+        """The text that `token_id` completes; empty while a character is incomplete."""
+        self._token_ids.append(token_id)
+        shown, text = self._texts()
+        if text.endswith(INCOMPLETE) or len(text) <= len(shown):
+            return ""
+        return self._take(shown, text)
+
+    def finish(self) -> str:
+        """What was held back, complete or not."""
+        shown, text = self._texts()
+        return self._take(shown, text) if len(text) > len(shown) else ""
+
+    def _take(self, shown: str, text: str) -> str:
+        self._context_start, self._shown_end = self._shown_end, len(self._token_ids)
+        return text[len(shown) :]
+
+    def _texts(self) -> tuple[str, str]:
+        """The text of the tokens shown last, and of these and all that came since."""
+        tail = self._token_ids[self._context_start :]
+        return self._decode(tail[: self._shown_end - self._context_start]), self._decode(tail)
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def decode_new(tokenizer: Any, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
+    """The text of the new tokens of a sequence, exactly as a stream would show it."""
+    detokenizer = Detokenizer(tokenizer, prompt_ids)
+    return "".join([*map(detokenizer.push, new_ids), detokenizer.finish()])
