@@ -33,13 +33,15 @@ class Span:
     """Slots and the query rows that read them.
 
     Attributes:
-        rows: int64[batch, queries], indices into the ragged row.
+        rows: which rows of the ragged row, batch by batch: a slice, read as a view, or int64[batch * queries].
+        batch: how many sets of rows read each its own slots; 1 if all rows read the same.
         slots: a slice of consecutive slots, read as a view (batch is 1), or int64[batch, keys] to gather.
         mask: None if every query sees every key; "causal" if query i sees the keys up to i; else an additive
             float32[batch, queries, keys] of zeros and minus infinities. No query is masked entirely.
     """
 
-    rows: Tensor
+    rows: slice | Tensor
+    batch: int
     slots: slice | Tensor
     mask: Tensor | Literal["causal"] | None = None
 
@@ -127,7 +129,7 @@ def build_plan(
             GroupPlan(
                 write_slots=_tensor(extension.slots(index), device),
                 spans=spans,
-                whole=len(spans) == 1 and builder.rows_in_order(spans[0], len(positions)),
+                whole=len(spans) == 1 and spans[0].rows == slice(0, len(positions)),
                 sources=sources,
                 reach=group.group.reach,
                 block_tokens=cache.layout.block_tokens,
@@ -149,11 +151,6 @@ class _SpanBuilder:
         spans = [span for source in sources if source.count > 1 for span in self._prompt_spans(source)]
         spans += self._decode_spans(single)
         return tuple(spans)
-
-    @staticmethod
-    def rows_in_order(span: Span, tokens: int) -> bool:
-        """Whether a span's rows are 0, 1, ..., tokens - 1."""
-        return span.rows.numel() == tokens and bool((span.rows.flatten().cpu() == torch.arange(tokens)).all())
 
     # Several new tokens of one sequence: what was there before, and the new tokens among themselves.
 
@@ -219,8 +216,9 @@ class _SpanBuilder:
         remains: list[tuple[int, Rows]] = []
         for row, runs in private:
             short = []
-            for first, end in _extents(runs, self._block_tokens):
-                if end - first >= MIN_VIEW_TOKENS or len(private) == 1:
+            extents = _extents(runs, self._block_tokens)
+            for first, end in extents:
+                if end - first >= MIN_VIEW_TOKENS or len(private) == len(extents) == 1:
                     spans.append(self._span(np.array([[row]]), slice(first, end)))
                 else:
                     short.append(np.arange(first, end))
@@ -248,10 +246,12 @@ class _SpanBuilder:
             return slice(*extents[0])
         return _tensor(expand_runs(runs, self._block_tokens)[None], self._device)
 
-    def _span(
-        self, rows: Rows, slots: slice | Tensor, mask: Tensor | Literal["causal"] | None = None
-    ) -> Span:
-        return Span(_tensor(rows, self._device), slots, mask)
+    def _span(self, rows: Rows, slots: slice | Tensor, mask: Tensor | Literal["causal"] | None = None) -> Span:
+        """A span of `rows`, int64[batch, queries]."""
+        flat = rows.flatten()
+        consecutive = bool((np.diff(flat) == 1).all())
+        chosen = slice(int(flat[0]), int(flat[-1]) + 1) if consecutive else _tensor(flat, self._device)
+        return Span(chosen, rows.shape[0], slots, mask)
 
 
 def _from_position(runs: Runs, position: int) -> Runs:

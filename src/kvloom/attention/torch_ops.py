@@ -25,7 +25,6 @@ def attend(
     """The same as `reference.attend`, span by span; see there for shapes."""
     if plan.whole:
         output, log_sums = _partial(queries, keys, values, plan.spans[0], scale, softcap)
-        output, log_sums = output.flatten(0, 1), log_sums.flatten(0, 1)
     else:
         output, log_sums = _merge(queries, keys, values, plan, scale, softcap)
     if sinks is not None:
@@ -42,16 +41,13 @@ def _merge(
     output = torch.zeros(tokens, heads, values.shape[-1], dtype=torch.float32, device=queries.device)
     log_sums = torch.full((tokens, heads), -torch.inf, dtype=torch.float32, device=queries.device)
     for span in plan.spans:
-        part, part_log_sums = _partial(queries, keys, values, span, scale, softcap)
-        rows = span.rows.flatten()
-        before = log_sums[rows]
-        part_log_sums = part_log_sums.flatten(0, 1)
+        # The fused kernel answers in the dtype of the model, be it double; what is merged is float32.
+        part, part_log_sums = (x.float() for x in _partial(queries, keys, values, span, scale, softcap))
+        before = log_sums[span.rows]
         after = torch.logaddexp(before, part_log_sums)
-        output[rows] = (
-            output[rows] * (before - after).exp()[..., None]
-            + part.flatten(0, 1) * (part_log_sums - after).exp()[..., None]
-        )
-        log_sums[rows] = after
+        old, new = (before - after).exp_()[..., None], (part_log_sums - after).exp_()[..., None]
+        output[span.rows] = output[span.rows] * old + part * new
+        log_sums[span.rows] = after
     return output, log_sums
 
 
@@ -61,16 +57,14 @@ def _partial(
     """Attention within one span.
 
     Returns:
-        output [batch, queries, heads, value_dim] and log-sum-exp float32[batch, queries, heads].
+        output [rows, heads, value_dim] and log-sum-exp float32[rows, heads].
     """
-    batch, rows = span.rows.shape
     heads, dim, kv_heads = queries.shape[1], queries.shape[2], keys.shape[0]
-    own = queries[span.rows.flatten()].view(batch, rows, kv_heads, heads // kv_heads, dim)
-    own = own.permute(0, 2, 3, 1, 4)
+    own = queries[span.rows].view(span.batch, -1, kv_heads, heads // kv_heads, dim).permute(0, 2, 3, 1, 4)
     kernel = _flash if _flash_serves(queries, keys, values, softcap) else _plain
     output, log_sums = kernel(own, _read(keys, span), _read(values, span), span.mask, scale, softcap)
-    output = output.permute(0, 3, 1, 2, 4).reshape(batch, rows, heads, -1)
-    return output, log_sums.permute(0, 3, 1, 2).reshape(batch, rows, heads)
+    output = output.permute(0, 3, 1, 2, 4).reshape(-1, heads, output.shape[-1])
+    return output, log_sums.permute(0, 3, 1, 2).reshape(-1, heads)
 
 
 def _read(store: Tensor, span: Span) -> Tensor:

@@ -121,9 +121,10 @@ class KVCache:
         try:
             for index, group in enumerate(self.groups):
                 made = []
+                # Once for all: a block that a copy-on-write lets go of must not be reclaimed before a rollback.
+                group.ensure_free(sum(s.tables[index].blocks_for(count) for s, count in requests))
                 for sequence, count in requests:
                     table = sequence.tables[index]
-                    group.ensure_free(table.blocks_for(count))
                     made.append(table.append(count))
                     done.append((table, made[-1]))
                 appends.append(tuple(made))
