@@ -51,8 +51,17 @@ def load(
     Raises:
         ModelError: what is missing, damaged or unsupported; see `kvloom.errors`.
     """
+    _check_sizes(budget_bytes=budget_bytes, block_tokens=block_tokens, threads=threads)
     loaded, tokenizer = load_pretrained(model, dtype=dtype, device=_device(device))
-    return attach(loaded, tokenizer, budget_bytes=budget_bytes, block_tokens=block_tokens, threads=threads)
+    binding = _bind_transformers(loaded, exclusive=True)
+    return _language_model(
+        binding,
+        tokenizer,
+        loaded.generation_config,
+        budget_bytes=budget_bytes,
+        block_tokens=block_tokens,
+        threads=threads,
+    )
 
 
 def attach(
@@ -79,15 +88,18 @@ def attach(
         UnsupportedModel: the model cannot be decoded on the cache; `AttachMismatch` if its cached output
             differs from its own, with the first layer that does.
     """
-    _check_sizes(budget_bytes=budget_bytes, block_tokens=block_tokens, threads=threads)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    _check_sizes(budget_bytes=budget_bytes, block_tokens=block_tokens, threads=threads, max_tokens=max_tokens)
     binding = _bind(model, vocab_size=vocab_size, max_tokens=max_tokens, device=device)
     if tokenizer is not None:
         check_tokenizer(tokenizer, binding.vocab_size)
-    engine = Engine(binding, budget_bytes=budget_bytes, block_tokens=block_tokens)
-    config = getattr(model, "generation_config", None)
-    return LanguageModel(engine, tokenizer, config if isinstance(config, GenerationConfig) else None)
+    return _language_model(
+        binding,
+        tokenizer,
+        getattr(model, "generation_config", None),
+        budget_bytes=budget_bytes,
+        block_tokens=block_tokens,
+        threads=threads,
+    )
 
 
 class LanguageModel:
@@ -446,14 +458,34 @@ def _bind(model: Any, *, vocab_size: int | None, max_tokens: int | None, device:
         for name, value in {"vocab_size": vocab_size, "max_tokens": max_tokens, "device": device}.items():
             if value is not None:
                 raise InvalidRequest(f"`{name}` is for callables; a transformers model knows its own.")
-        binding = AttentionInterfaceBinding(wrapped)
-        prove(binding)
-        return binding
+        return _bind_transformers(wrapped, exclusive=False)
     if not callable(model):
         raise UnsupportedModel(f"a {type(model).__name__} is neither a transformers model nor callable.")
     if vocab_size is None:
         raise InvalidRequest("a callable f(token_ids) -> logits needs `vocab_size`.")
     return CallableBinding(model, vocab_size=vocab_size, max_tokens=max_tokens, device=device or "cpu")
+
+
+def _bind_transformers(model: PreTrainedModel, *, exclusive: bool) -> AttentionInterfaceBinding:
+    binding = AttentionInterfaceBinding(model, exclusive=exclusive)
+    prove(binding)
+    return binding
+
+
+def _language_model(
+    binding: Binding,
+    tokenizer: Any,
+    generation_config: Any,
+    *,
+    budget_bytes: int | None,
+    block_tokens: int,
+    threads: int | None,
+) -> LanguageModel:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    engine = Engine(binding, budget_bytes=budget_bytes, block_tokens=block_tokens)
+    config = generation_config if isinstance(generation_config, GenerationConfig) else None
+    return LanguageModel(engine, tokenizer, config)
 
 
 def _check_continuation(context: Context | None, new_ids: list[int], start: int | None) -> None:

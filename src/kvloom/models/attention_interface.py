@@ -24,6 +24,7 @@ from kvloom.attention import Plan, torch_ops
 from kvloom.cache import LayerShape, Store
 from kvloom.errors import UnsupportedModel
 from kvloom.models.binding import Regime
+from kvloom.models.packed import PackedLinears
 from kvloom.models.probe import PROBE, PROBE_TOKENS, Probe, run_probe
 from kvloom.models.rotary import RotaryRegimes
 
@@ -76,7 +77,8 @@ class AttentionInterfaceBinding:
     """A causal language model of transformers whose attention goes through the interface.
 
     Args:
-        model: in evaluation mode. Its weights, config and mode are left as they are.
+        model: in evaluation mode. Its weights, config and mode are left as they are, unless it is `exclusive`.
+        exclusive: the model is ours alone, so its linear layers may be repacked in place: see `packed`.
 
     Raises:
         UnsupportedModel: for models that cannot be decoded this way; the message says which part and why.
@@ -84,7 +86,7 @@ class AttentionInterfaceBinding:
 
     name = "transformers attention interface"
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, exclusive: bool = False) -> None:
         self.model = model
         self._lock = threading.RLock()
         self.check_ready()
@@ -99,6 +101,7 @@ class AttentionInterfaceBinding:
         self.layers: tuple[LayerShape, ...] = tuple(call.shape for call in self.calls)
         self._layer_of = {call.module: index for index, call in enumerate(self.calls)}
         self._group_of_layer: tuple[int, ...] | None = None
+        self.packed = PackedLinears(model, exclusive=exclusive)
 
     @property
     def device(self) -> torch.device:
@@ -143,7 +146,7 @@ class AttentionInterfaceBinding:
         if self._group_of_layer is None:
             self._group_of_layer = store.layout.group_of_layer
         step = _Step(plan, store, self._layer_of, self._group_of_layer)
-        with self._lock, self._attention_is(NAME), self._rotary.fixed(regime):
+        with self._lock, self._attention_is(NAME), self._rotary.fixed(regime), self.packed.active():
             output = self.model(
                 input_ids=token_ids[None],
                 position_ids=plan.positions[None],

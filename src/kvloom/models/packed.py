@@ -1,0 +1,126 @@
+"""Linear layers over weights that are packed once, by oneDNN, for the CPU they run on.
+
+A decode step reads every weight once, so it is as fast as weights can be read. `F.linear` reads plain weights
+at a third of the memory bandwidth for one to eight rows; oneDNN's own layout, in blocks that match the vector
+registers, comes close to all of it (measured in `benchmarks/README.md`). The two operators are those that
+`torch.compile` uses on CPUs; they are not public API, so everything works without them, at the plain speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+# Packing favours this number of rows; measured, one hint serves 1 to 512 rows alike.
+ROWS_HINT = 512
+# Below this many weights a plain product costs as little as the call.
+MIN_WEIGHTS = 1 << 16
+PACKED_DTYPES = (torch.bfloat16, torch.float32)
+
+
+class PackedLinear:
+    """The packed copy of one linear layer, and a forward that uses it."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        self.module = module
+        self._pack()
+
+    def _pack(self) -> None:
+        weight = self.module.weight
+        self._seen = (weight.data_ptr(), weight._version)
+        self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS_HINT)
+
+    def refresh(self) -> None:
+        """Pack again if the owner has replaced the weights or written to them."""
+        weight = self.module.weight
+        if self._seen != (weight.data_ptr(), weight._version):
+            self._pack()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """What `nn.Linear.forward` returns."""
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(input, self._packed, self.module.bias, "none", [], "")
+        return output
+
+
+class PackedLinears:
+    """The packed copies of a model's linear layers.
+
+    Only plain `nn.Linear` modules are packed: what adapters and quantizers put in their place is left alone.
+
+    Args:
+        exclusive: whether the model is ours. Then the plain weights are given up, so that one copy is in memory
+            (weights that other modules share, such as tied embeddings, stay), and every forward pass uses the
+            packed ones. Else the owner's weights stay, and packed ones are used within `active` alone.
+    """
+
+    def __init__(self, model: nn.Module, *, exclusive: bool) -> None:
+        self._exclusive = exclusive
+        self._layers = [PackedLinear(module) for module in packable(model)]
+        if exclusive:
+            _give_up_plain_weights(model, self._layers)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the packed copies."""
+        return sum(layer.module.weight.numel() * layer.module.weight.element_size() for layer in self._layers)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within the block the layers use their packed copies."""
+        if self._exclusive or not self._layers:
+            yield
+            return
+        own: list[tuple[dict[str, object], Callable[[Tensor], Tensor] | None]] = []
+        try:
+            for layer in self._layers:
+                layer.refresh()
+                attributes = layer.module.__dict__
+                own.append((attributes, attributes.get("forward")))
+                attributes["forward"] = layer.forward
+            yield
+        finally:
+            for attributes, forward in own:
+                if forward is None:
+                    del attributes["forward"]
+                else:
+                    attributes["forward"] = forward
+
+
+def packable(model: nn.Module) -> list[nn.Linear]:
+    """The plain linear layers on a CPU that are of a dtype and a size that packing helps."""
+    if not _operators_exist():
+        return []
+    return [
+        module
+        for module in model.modules()
+        if type(module) is nn.Linear
+        and "forward" not in module.__dict__
+        and module.weight.device.type == "cpu"
+        and module.weight.dtype in PACKED_DTYPES
+        and module.weight.numel() >= MIN_WEIGHTS
+    ]
+
+
+def _operators_exist() -> bool:
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available and all(
+        hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")
+    )
+
+
+def _give_up_plain_weights(model: nn.Module, layers: list[PackedLinear]) -> None:
+    """Replace plain weights by tensors that have a shape and a dtype, and no memory."""
+    packed = {id(layer.module) for layer in layers}
+    shared = {
+        parameter.data_ptr()
+        for module in model.modules()
+        if id(module) not in packed
+        for parameter in module.parameters(recurse=False)
+    }
+    for layer in layers:
+        layer.module.__dict__["forward"] = layer.forward
+        if layer.module.weight.data_ptr() not in shared:
+            layer.module.weight = nn.Parameter(layer.module.weight.to("meta"), requires_grad=False)
