@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Sto
 
 from kvloom.context import Context
 from kvloom.decoding import Hypothesis, Options, make_decoder, resolve
-from kvloom.engine import Engine, Request, Row
+from kvloom.engine import Engine, Request, Usage
+from kvloom.engine.holding import Holding
 from kvloom.errors import CacheMismatch, InvalidRequest, PromptTooLong, UnsupportedModel
 from kvloom.loading import check_tokenizer, load_pretrained
 from kvloom.models import AttentionInterfaceBinding, Binding, CallableBinding
@@ -21,6 +22,8 @@ from kvloom.models.selfcheck import prove
 from kvloom.prompts import read_prompt, read_prompts
 from kvloom.results import Extended, Generation, Hypotheses, Piece
 from kvloom.text import Detokenizer, decode_new
+from kvloom.verify import Report
+from kvloom.verify import verify as run_checks
 
 OWN_OPTIONS = ("context", "generation_config", "logits_processor", "stopping_criteria")
 
@@ -241,6 +244,42 @@ class LanguageModel:
         logits, extended = self._extended(context, new_ids, all_logits=True)
         return Extended(logits, extended)
 
+    def verify(
+        self,
+        prompts: Any = None,
+        *,
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+        on_progress: Callable[[str, int, int], None] | None = None,
+    ) -> Report:
+        """Prove on this model that cached output equals uncached output.
+
+        Greedy decoding, sampling and beam search are compared with the model's own forward (`use_cache=False`);
+        then a cold with a warm prefix, one chunk with many, alone with in a ragged batch. The checks run on caches
+        of their own, which are freed; contexts and other requests are not touched.
+
+        Args:
+            prompts: a prompt or a list of prompts; by default three short ones that fit the model's context.
+            max_new_tokens: of each run; by default 24, or a third of a context that is shorter than 72.
+            seed: of the sampling, and of random prompts where there is no tokenizer.
+            on_progress: called with what runs next, how many runs are done, and how many there are.
+
+        Returns:
+            a `Report`; `report.ok` is False if any check failed.
+
+        Raises:
+            InvalidRequest: prompts or `max_new_tokens` do not fit the model.
+        """
+        return run_checks(
+            lambda engine: LanguageModel(engine, self.tokenizer, None),
+            self.engine,
+            self.tokenizer,
+            prompts=prompts,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            on_progress=on_progress,
+        )
+
     def detach(self) -> None:
         """Give the model back to its owner; contexts and this object cannot be used any more."""
         self.engine.shut_down()
@@ -327,20 +366,15 @@ class LanguageModel:
         """The sequences of a request that is done."""
         hypotheses = request.decoder.results()
         usage = request.usage(sum(len(own.token_ids) for own in hypotheses))
-        rows = {tuple(row.token_ids): row for row in request.finished_rows}
         generations = []
         for own in hypotheses:
             token_ids = [*request.prompt_ids, *own.token_ids]
-            row = rows.pop(tuple(token_ids), None)
-            generations.append(self._generation(request, own, token_ids, usage, row))
-        for row in rows.values():
-            self.engine.close_row(row)
+            generations.append(self._generation(request, own, token_ids, usage, request.kept.pop(tuple(token_ids), None)))
         return Hypotheses(generations, request.decoder.sequences())
 
     def _generation(
-        self, request: Request, own: Hypothesis, token_ids: list[int], usage: Any, row: Row | None
+        self, request: Request, own: Hypothesis, token_ids: list[int], usage: Usage, holding: Holding | None
     ) -> Generation:
-        holding = None if row is None or row.cached is None else self.engine.hold(row, claimed=False)
         tokenizer = self.tokenizer
         result = Generation(
             text="" if tokenizer is None else decode_new(tokenizer, request.prompt_ids, own.token_ids),
@@ -519,6 +553,6 @@ def _device(device: torch.device | str) -> torch.device:
     return found
 
 
-def _release_unclaimed(engine: Engine, holding: Any) -> None:
+def _release_unclaimed(engine: Engine, holding: Holding) -> None:
     if not holding.claimed:
         engine.release(holding)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -104,9 +105,9 @@ class Engine:
                 self._close(request, None)
             if request in self._requests:
                 self._requests.remove(request)
-            for row in request.finished_rows:
-                self._drop_tables(row)
-            request.finished_rows.clear()
+            for holding in request.kept.values():
+                self.release(holding)
+            request.kept.clear()
 
     def step(self) -> None:
         """Run one forward pass over the new tokens of all live requests, and apply the decisions."""
@@ -260,9 +261,11 @@ class Engine:
     def _open_prompts(self) -> None:
         """Give tables to the next row of each request that has none; late, so that it finds what others computed."""
         for request in self._cached_requests():
-            row = next((row for row in request.rows if row.pending > 1), None)
-            if row is not None and row.cached is None:
-                row.cached = self._open(row.token_ids, row.regime)
+            for row in request.rows:
+                if row.pending > 1 and row.cached is None:
+                    row.cached = self._open(row.token_ids, row.regime)
+                if row.pending > 1:
+                    break  # one that found all but its last token is run as a decode step, beside the next
 
     def _open(self, token_ids: list[int], regime: object) -> CachedSequence:
         assert self.cache is not None, "only a cache has tables"
@@ -287,7 +290,8 @@ class Engine:
                 computed = _prompt_part(item)
                 item.request.computed_prompt_tokens += computed
                 prompt_tokens += computed
-                self._note_peak(item.request)
+        for request in {id(item.request): item.request for item in scheduled}.values():
+            self._note_peak(request)
         return prompt_tokens
 
     def _forward_group(self, work: list[tuple[Row, int]], *, logits: list[int]) -> Tensor:
@@ -395,20 +399,22 @@ class Engine:
         return rows
 
     def _close(self, request: Request, error: BaseException | None) -> None:
-        """End a request. Finished rows keep their tables, for contexts, unless it failed."""
+        """End a request. What was computed stays in the prefix index; finished rows' tables are kept for contexts.
+
+        They are kept unclaimed: while other requests run, they may be given up for them.
+        """
         request.done, request.error = True, error
         request.reserved = ()
-        if error is None and request.keep_tables:
-            for row in request.finished_rows:
-                self.remember(row)
-        for row in request.rows:
+        for row in (*request.rows, *request.finished_rows):
             if error is None:
                 self.remember(row)
+                key = tuple(row.token_ids)
+                if row in request.finished_rows and row.cached is not None and key not in request.kept:
+                    request.kept[key] = self.hold(row, claimed=False)
             self._drop_tables(row)
-        if error is not None or not request.keep_tables:
-            for row in request.finished_rows:
-                self._drop_tables(row)
-            request.finished_rows.clear()
+        request.rows.clear()
+        request.finished_rows.clear()
+        request.finished_at = time.perf_counter()
         self._emit(RequestFinished(request.id, failed=error is not None))
 
     def _drop_tables(self, row: Row) -> None:

@@ -74,8 +74,9 @@ class Request:
         max_rows: the most rows that can live at once (beams, or samples).
         use_cache: without it every step computes whole sequences by the model's own forward.
         context: tables to fork instead of opening new ones; they stay the caller's.
-        keep_tables: whether finished rows hand their tables on as contexts (beams do not: their hypotheses
+        keep_tables: whether finished rows keep their tables, for contexts (beams do not: their hypotheses
             outlive their rows).
+        kept: by token ids, the tables that finished rows have left behind, once the request is done.
     """
 
     prompt_ids: list[int]
@@ -93,6 +94,7 @@ class Request:
     error: BaseException | None = None
     streamed: list[tuple[int, float]] = field(default_factory=list)
     finished_rows: list[Row] = field(default_factory=list)
+    kept: dict[tuple[int, ...], Holding] = field(default_factory=dict)
     cached_prompt_tokens: int = 0
     computed_prompt_tokens: int = 0
     peak_by_group: tuple[int, ...] = ()
