@@ -369,7 +369,9 @@ class LanguageModel:
         generations = []
         for own in hypotheses:
             token_ids = [*request.prompt_ids, *own.token_ids]
-            generations.append(self._generation(request, own, token_ids, usage, request.kept.pop(tuple(token_ids), None)))
+            generations.append(
+                self._generation(request, own, token_ids, usage, request.kept.pop(tuple(token_ids), None))
+            )
         return Hypotheses(generations, request.decoder.sequences())
 
     def _generation(
@@ -390,7 +392,7 @@ class LanguageModel:
         )
         if holding is not None:
             # A context that was asked for keeps the tables itself.
-            result.when_dropped(_release_unclaimed, self.engine, holding)
+            result.when_dropped(self.engine.release_unclaimed, holding)
         return result
 
     def _extended(self, context: Context | None, new_ids: list[int], *, all_logits: bool) -> tuple[Tensor, Context]:
@@ -404,14 +406,8 @@ class LanguageModel:
         if self.engine.cache is None:
             logits = self._uncached_logits(token_ids, len(new_ids)) if all_logits else torch.empty(0)
             return logits, Context(self.engine, token_ids, None)
-        row = self.engine.open_row(token_ids, holding, logits_of=len(new_ids) if all_logits else 1)
-        try:
-            logits = self.engine.compute(row, context=holding, all_logits=all_logits)
-            self.engine.remember(row)
-            return logits[-len(new_ids) :], Context(self.engine, token_ids, self.engine.hold(row, claimed=True))
-        except BaseException:
-            self.engine.close_row(row)
-            raise
+        logits, extended = self.engine.compute(token_ids, context=holding, logits_of=len(new_ids) if all_logits else 1)
+        return logits, Context(self.engine, token_ids, extended)
 
     def _uncached_logits(self, token_ids: list[int], last: int) -> Tensor:
         whole = torch.tensor([token_ids], device=self.binding.device)
@@ -551,8 +547,3 @@ def _device(device: torch.device | str) -> torch.device:
     if found.type == "cuda" and not torch.cuda.is_available():
         raise InvalidRequest("`device=cuda` was asked for, but PyTorch finds no GPU here. Use device='cpu'.")
     return found
-
-
-def _release_unclaimed(engine: Engine, holding: Holding) -> None:
-    if not holding.claimed:
-        engine.release(holding)

@@ -220,7 +220,7 @@ def test_a_chunked_prompt_gives_what_a_whole_one_gives() -> None:
     prompt = random_prompts(model, 60)[0]
     whole = attach(model).generate(prompt, max_new_tokens=10, output_logits=True)
     chunked = attach(model)
-    chunked.engine._step_tokens = 7
+    chunked.engine.step_tokens = 7
     parts = chunked.generate(prompt, max_new_tokens=10, output_logits=True)
     assert parts.token_ids == whole.token_ids
     assert (parts.logits - whole.logits).abs().max() < TOLERANCE * whole.logits.abs().max()

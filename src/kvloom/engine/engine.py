@@ -10,20 +10,21 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from kvloom.attention import build_plan
-from kvloom.blocks import PoolExhausted
-from kvloom.cache import CachedSequence, CacheLayout, Extension, KVCache
+from kvloom.cache import CacheLayout, KVCache
 from kvloom.decoding import HostStep, Step, to_host
 from kvloom.engine.admission import Admission
 from kvloom.engine.events import Event, RequestFinished, StepDone
 from kvloom.engine.holding import Holding, Holdings
 from kvloom.engine.planner import default_budget_bytes
 from kvloom.engine.request import Request, Row
+from kvloom.engine.rows import CachedRows
 from kvloom.engine.scheduler import Scheduled, schedule
 from kvloom.errors import CacheFull, ContextClosed, NumericalError
 from kvloom.models import Binding
@@ -39,6 +40,10 @@ class Engine:
         budget_bytes: the most that the cache's tensors may take; by default see `default_budget_bytes`.
         block_tokens: tokens a block.
         step_tokens: the most prompt tokens that one step computes; longer prompts are prefilled in chunks.
+
+    Attributes:
+        cache: None if the model cannot keep one; then every step computes whole sequences.
+        listeners: called with each `Event`.
     """
 
     def __init__(
@@ -51,14 +56,14 @@ class Engine:
     ) -> None:
         self.binding = binding
         self.listeners: list[Callable[[Event], None]] = []
-        self._step_tokens = step_tokens
+        self.step_tokens = step_tokens
         self._requests: list[Request] = []
         self._ids = itertools.count()
         self._lock = threading.RLock()
-        self._open_for_work = True
+        self._depth = 0
+        self._dropped: deque[Holding] = deque()
+        self._detached = False
         self.cache: KVCache | None = None
-        self._holdings: Holdings | None = None
-        self._admission: Admission | None = None
         if binding.layers:
             layout = CacheLayout(layers=binding.layers, dtype=binding.dtype, block_tokens=block_tokens)
             if budget_bytes is None:
@@ -66,15 +71,16 @@ class Engine:
             self.cache = KVCache(layout, budget_bytes=budget_bytes, device=binding.device)
             self._holdings = Holdings(self.cache)
             self._admission = Admission(self.cache, self._holdings, binding, step_tokens=step_tokens)
+            self._rows = CachedRows(binding, self.cache, self._holdings)
 
     # ---- requests ------------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises `CacheFull`, with nothing changed, if it can never fit beside held contexts."""
-        with self._lock:
+        with self._working():
             self._check_open()
             request.use_cache = request.use_cache and self.cache is not None
-            if request.use_cache and self._admission is not None:
+            if request.use_cache:
                 request.reserved = self._admission.worst_case(
                     prompt_tokens=len(request.prompt_ids),
                     new_tokens=request.max_new_tokens,
@@ -100,38 +106,117 @@ class Engine:
 
     def abort(self, request: Request) -> None:
         """Close a request, finished or not, and let go of its blocks."""
-        with self._lock:
+        with self._working():
             if not request.done:
                 self._close(request, None)
             if request in self._requests:
                 self._requests.remove(request)
             for holding in request.kept.values():
-                self.release(holding)
+                self._holdings.release(holding)
             request.kept.clear()
 
     def step(self) -> None:
         """Run one forward pass over the new tokens of all live requests, and apply the decisions."""
-        with self._lock:
+        with self._working():
             self._admit()
-            self._renew_regimes()
-            self._open_prompts()
-            scheduled = schedule(self._cached_requests(), step_tokens=self._step_tokens)
-            prompt_tokens = self._forward(scheduled)
-            for request in self._requests:
-                if request.started and not request.use_cache:
-                    prompt_tokens += self._forward_uncached(request)
+            prompt_tokens = self._forward_cached() + self._forward_uncached()
             decoded_rows = self._decide_and_apply()
             self._emit(StepDone(prompt_tokens, decoded_rows, self._pending_prompt_tokens(), self._blocks_in_use()))
+
+    def shut_down(self) -> None:
+        """Close every request and holding, and detach from the model."""
+        with self._working():
+            for request in list(self._requests):
+                self.abort(request)
+            if self.cache is not None:
+                self._holdings.release_all()
+            self._detached = True
+            self.binding.detach()
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """One thread at a time; what was dropped meanwhile is released at the end."""
+        with self._lock:
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                self._release_dropped()
+
+    def _check_open(self) -> None:
+        if self._detached:
+            raise ContextClosed("the model was detached. Attach it again.")
+        self.binding.check_ready()
+
+    # ---- contexts ------------------------------------------------------------------------------------------
+
+    def compute(
+        self, token_ids: list[int], *, context: Holding | None = None, logits_of: int = 1
+    ) -> tuple[Tensor, Holding]:
+        """Compute tokens outside of any request, in chunks.
+
+        Args:
+            token_ids: the whole sequence, which begins with the context's tokens.
+            context: what is computed already; unchanged.
+            logits_of: of how many last tokens logits are wanted.
+
+        Returns:
+            logits, float[logits_of, vocab], and a claimed holding of the sequence's tables.
+        """
+        with self._working():
+            self._check_open()
+            tokens = len(token_ids)
+            need = self._admission.worst_case(prompt_tokens=tokens, new_tokens=0, rows=1, context=context)
+            self._admission.refuse_unless_possible(need, f"a context of {tokens:,} tokens", reserved=self._reserved())
+            row = self._rows.open(token_ids, context, logits_of=logits_of)
+            try:
+                parts = []
+                while row.computed < tokens:
+                    count = min(tokens - row.computed, self.step_tokens)
+                    wanted = max(0, row.computed + count - max(row.computed, tokens - logits_of))
+                    parts.append(self._rows.forward([(row, count)], logits=[wanted]))
+                self._rows.remember(row)
+                return torch.cat(parts), self._rows.hold(row, claimed=True)
+            except BaseException:
+                self._rows.close(row)
+                raise
+
+    def fork_holding(self, holding: Holding | None, tokens: int) -> Holding | None:
+        """A claimed holding of the first `tokens` tokens of another; None if its tables cannot serve."""
+        with self._working():
+            return None if holding is None else self._rows.fork_holding(holding, tokens)
+
+    def release(self, holding: Holding) -> None:
+        """Let go of held tables. May be called more than once, and by the garbage collector at any moment."""
+        self._dropped.append(holding)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._release_dropped()
+            finally:
+                self._lock.release()
+
+    def release_unclaimed(self, holding: Holding) -> None:
+        """The same, unless a user has claimed the tables meanwhile."""
+        if not holding.claimed:
+            self.release(holding)
+
+    def _release_dropped(self) -> None:
+        # In the middle of our own work the tables are not ours to change: `_working` comes back to it.
+        while self._depth == 0 and self._dropped:
+            self._holdings.release(self._dropped.popleft())
+
+    # ---- admission -----------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
         """Start waiting requests, in order of arrival, as long as their worst case fits beside the others'."""
         for request in [request for request in self._requests if not request.started]:
-            if request.use_cache and self._admission is not None:
+            if request.use_cache:
                 reserved = self._reserved()
                 if reserved and not self._admission.fits(request.reserved, reserved):
                     return
                 try:
-                    # Contexts may have been taken since it was submitted; with nothing running, none will go by itself.
+                    # Users may have taken contexts since it was submitted. With nothing running, none goes by itself.
                     self._admission.refuse_unless_possible(request.reserved, request.describe())
                 except CacheFull as error:
                     self._close(request, error)
@@ -140,197 +225,67 @@ class Engine:
             self._start(request)
 
     def _reserved(self) -> list[tuple[int, ...]]:
-        return [request.reserved for request in self._cached_requests()]
+        return [request.reserved for request in self._live(cached=True)]
 
     def _start(self, request: Request) -> None:
         token_ids = list(request.prompt_ids)
         if request.use_cache:
-            row = self.open_row(token_ids, request.context)
+            row = self._rows.open(token_ids, request.context)
             request.cached_prompt_tokens = row.computed
         else:
             row = Row(token_ids, None, None)
         request.rows = [row]
         request.started = True
 
-    def shut_down(self) -> None:
-        """Close every request and holding, and detach from the model."""
-        with self._lock:
-            for request in list(self._requests):
-                self.abort(request)
-            if self._holdings is not None:
-                self._holdings.release_all()
-            self._open_for_work = False
-            self.binding.detach()
-
-    def _check_open(self) -> None:
-        if not self._open_for_work:
-            raise ContextClosed("the model was detached. Attach it again.")
-        self.binding.check_ready()
-
-    # ---- contexts ------------------------------------------------------------------------------------------
-
-    def hold(self, row: Row, *, claimed: bool) -> Holding:
-        """Keep a row's tables beyond their request; they are let go of by `release`."""
-        assert self._holdings is not None and row.cached is not None, "only tables can be held"
-        with self._lock:
-            cached, row.cached = row.cached, None
-            return self._holdings.add(cached, row.regime, claimed=claimed)
-
-    def release(self, holding: Holding) -> None:
-        """Let go of held tables. May be called more than once."""
-        if self._holdings is not None:
-            with self._lock:
-                self._holdings.release(holding)
-
-    def fork_holding(self, holding: Holding | None, tokens: int) -> Holding | None:
-        """A claimed holding of the first `tokens` tokens of another; None if its tables cannot serve."""
-        if holding is None or holding.cached is None or self.cache is None or self._holdings is None:
-            return None
-        with self._lock:
-            cut = min(tokens, holding.cached.tokens)
-            if holding.regime != self.binding.regime(tokens) or not self.cache.can_truncate(holding.cached, cut):
-                return None
-            cached = self.cache.fork(holding.cached)
-            self.cache.truncate(cached, cut)
-            return self._holdings.add(cached, holding.regime, claimed=True)
-
-    def open_row(self, token_ids: list[int], context: Holding | None, *, logits_of: int = 1) -> Row:
-        """A row that starts from a context's tables if they can serve, else from the longest cached prefix.
-
-        Args:
-            logits_of: of how many last tokens logits are wanted; these are left to be computed.
-        """
-        assert self.cache is not None, "rows without a cache have no tables"
-        regime = self.binding.regime(len(token_ids))
-        reusable = len(token_ids) - logits_of
-        with self._lock:
-            if context is not None and context.cached is not None and context.regime == regime:
-                start = min(reusable, context.cached.tokens)
-                if self.cache.can_truncate(context.cached, start):
-                    cached = self.cache.fork(context.cached)
-                    self.cache.truncate(cached, start)
-                    return Row(token_ids, cached, regime)
-            return Row(token_ids, self._open(token_ids[: reusable + 1], regime), regime)
-
-    def close_row(self, row: Row) -> None:
-        """Let go of a row's tables."""
-        with self._lock:
-            self._drop_tables(row)
-
-    def compute(self, row: Row, *, context: Holding | None = None, all_logits: bool = False) -> Tensor:
-        """Run a row's pending tokens, in chunks, outside of any request.
-
-        Args:
-            context: what the row was opened from; its blocks are not counted twice.
-
-        Returns:
-            logits, float[pending, vocab] if `all_logits`, else float[1, vocab] of the last token.
-        """
-        assert self._admission is not None, "without a cache there is nothing to compute ahead"
-        with self._lock:
-            self._check_open()
-            tokens = len(row.token_ids)
-            need = self._admission.worst_case(prompt_tokens=tokens, new_tokens=0, rows=1, context=context)
-            self._admission.refuse_unless_possible(need, f"a context of {tokens:,} tokens", reserved=self._reserved())
-            parts = []
-            while row.computed < tokens:
-                count = min(tokens - row.computed, self._step_tokens)
-                last = row.computed + count == tokens
-                parts.append(self._forward_group([(row, count)], logits=[count if all_logits else int(last)]))
-            return torch.cat(parts)
-
-    def remember(self, row: Row) -> None:
-        """Put a row's full blocks into the prefix index."""
-        if self.cache is not None and row.cached is not None:
-            self.cache.remember(row.cached, row.token_ids, extra_key=self._extra_key(row.regime))
-
     # ---- forward -------------------------------------------------------------------------------------------
 
-    def _cached_requests(self) -> list[Request]:
-        return [request for request in self._requests if request.started and request.use_cache]
+    def _live(self, *, cached: bool) -> list[Request]:
+        return [request for request in self._requests if request.started and request.use_cache == cached]
 
-    def _renew_regimes(self) -> None:
-        """Rows whose rotary factors change with their length are computed anew under the new ones."""
-        for request in self._cached_requests():
-            for row in request.rows:
-                regime = self.binding.regime(len(row.token_ids))
-                if regime != row.regime:
-                    self._drop_tables(row)
-                    row.regime, row.logits = regime, None
-
-    def _open_prompts(self) -> None:
-        """Give tables to the next row of each request that has none; late, so that it finds what others computed."""
-        for request in self._cached_requests():
-            for row in request.rows:
-                if row.pending > 1 and row.cached is None:
-                    row.cached = self._open(row.token_ids, row.regime)
-                if row.pending > 1:
-                    break  # one that found all but its last token is run as a decode step, beside the next
-
-    def _open(self, token_ids: list[int], regime: object) -> CachedSequence:
-        assert self.cache is not None, "only a cache has tables"
-        return self.cache.open(token_ids, extra_key=self._extra_key(regime))
-
-    def _extra_key(self, regime: object) -> bytes:
-        return self.binding.fingerprint() + repr(regime).encode()
-
-    def _forward(self, scheduled: list[Scheduled]) -> int:
-        """Run what was scheduled, one pass a rotary regime; returns how many prompt tokens were computed."""
-        prompt_tokens = 0
+    def _forward_cached(self) -> int:
+        """One pass a rotary regime over the rows that decode on the cache; returns the prompt tokens computed."""
+        requests = self._live(cached=True)
+        for request in requests:
+            self._prepare(request)
+        scheduled = schedule(requests, step_tokens=self.step_tokens)
         for regime in dict.fromkeys(item.row.regime for item in scheduled):
-            together = [item for item in scheduled if item.row.regime == regime]
-            ends = [item.row.computed + item.count == len(item.row.token_ids) for item in together]
-            logits = self._forward_group(
-                [(item.row, item.count) for item in together], logits=[int(end) for end in ends]
-            )
-            complete = iter(logits)
-            for item, end in zip(together, ends, strict=True):
-                if end:
-                    item.row.logits = next(complete)
-                computed = _prompt_part(item)
-                item.request.computed_prompt_tokens += computed
-                prompt_tokens += computed
+            self._forward_together([item for item in scheduled if item.row.regime == regime])
         for request in {id(item.request): item.request for item in scheduled}.values():
             self._note_peak(request)
-        return prompt_tokens
+        computed = [_prompt_part(item) for item in scheduled]
+        for item, prompt_tokens in zip(scheduled, computed, strict=True):
+            item.request.computed_prompt_tokens += prompt_tokens
+        return sum(computed)
 
-    def _forward_group(self, work: list[tuple[Row, int]], *, logits: list[int]) -> Tensor:
-        """One forward pass over rows of one regime; logits of the last `logits` new tokens of each."""
-        assert self.cache is not None, "only a cache has tables"
-        extension = self._extend(work)
-        try:
-            plan = build_plan(self.cache, extension, logits=logits, device=self.binding.device)
-            token_ids = [token for row, count in work for token in row.token_ids[row.computed - count : row.computed]]
-            result = self.binding.forward(
-                torch.tensor(token_ids, device=self.binding.device), plan, self.cache.store, regime=work[0][0].regime
-            )
-        except BaseException:
-            self.cache.rollback(extension)
-            raise
-        for row, count in work:
-            if count > 1:
-                self.remember(row)
-        self.cache.commit(extension)
-        return result
+    def _prepare(self, request: Request) -> None:
+        """Renew what depends on length, and give tables to the next row that must compute its prompt.
 
-    def _extend(self, work: list[tuple[Row, int]]) -> Extension:
-        assert self.cache is not None, "only a cache has tables"
-        requests = [(row.cached, count) for row, count in work if row.cached is not None]
-        while True:
-            try:
-                return self.cache.extend(requests)
-            except PoolExhausted as exhausted:
-                if self._holdings is None or not self._holdings.release_oldest_unclaimed():
-                    raise CacheFull(f"{exhausted}. Drop contexts, or raise budget_bytes.") from exhausted
+        Tables are given as late as that, so that a row finds what the rows before it have computed.
+        """
+        for row in request.rows:
+            self._rows.renew_regime(row)
+        waiting = next((row for row in request.rows if row.pending > 1), None)
+        if waiting is not None:
+            self._rows.ensure_open(waiting)
 
-    def _forward_uncached(self, request: Request) -> int:
+    def _forward_together(self, items: Sequence[Scheduled]) -> None:
+        """One forward pass; rows that are complete get their logits."""
+        ends = [item.row.computed + item.count == len(item.row.token_ids) for item in items]
+        logits = self._rows.forward([(item.row, item.count) for item in items], logits=[int(end) for end in ends])
+        complete = [item.row for item, end in zip(items, ends, strict=True) if end]
+        for row, own in zip(complete, logits, strict=True):
+            row.logits = own
+
+    def _forward_uncached(self) -> int:
         """Whole sequences through the model's own forward; the rows of a request are equally long."""
-        rows = request.rows
-        token_ids = torch.tensor([row.token_ids for row in rows], device=self.binding.device)
-        for row, logits in zip(rows, self.binding.forward_uncached(token_ids), strict=True):
-            row.logits = logits[-1]
-        computed = len(rows) * len(request.prompt_ids)
-        request.computed_prompt_tokens += computed
+        computed = 0
+        for request in self._live(cached=False):
+            token_ids = torch.tensor([row.token_ids for row in request.rows], device=self.binding.device)
+            for row, logits in zip(request.rows, self.binding.forward_uncached(token_ids), strict=True):
+                row.logits = logits[-1]
+            prompt_tokens = len(request.rows) * len(request.prompt_ids)
+            request.computed_prompt_tokens += prompt_tokens
+            computed += prompt_tokens
         return computed
 
     def _note_peak(self, request: Request) -> None:
@@ -354,8 +309,7 @@ class Engine:
         hosts = to_host([step for _, step in decided])
         for (request, step), host in zip(decided, hosts, strict=True):
             self._apply(request, step, host)
-        for request in [request for request in self._requests if request.done]:
-            self._requests.remove(request)
+        self._requests = [request for request in self._requests if not request.done]
         return sum(len(host.tokens) for host in hosts)
 
     def _decide(self, request: Request) -> Step | None:
@@ -372,31 +326,31 @@ class Engine:
             self._close(request, NumericalError("the model returned NaN logits, so no token can be chosen."))
             return
         request.decoder.advance(step, host)
-        rows = self._children(request, host)
-        request.finished_rows += [row for row, end in zip(rows, host.finished, strict=True) if end]
-        request.rows = [row for row, end in zip(rows, host.finished, strict=True) if not end]
+        children = self._children(request, host)
+        request.rows = [row for row, end in zip(children, host.finished, strict=True) if not end]
+        request.finished_rows += [row for row, end in zip(children, host.finished, strict=True) if end]
         request.streamed += zip(host.tokens, host.logprobs, strict=True)
         if request.decoder.done:
             self._close(request, None)
 
     def _children(self, request: Request, host: HostStep) -> list[Row]:
-        """The rows after a decision. The first child of a row takes its tables, others fork them."""
-        takers: dict[int, int] = {}
-        for child, (parent, end) in enumerate(zip(host.parents, host.finished, strict=True)):
-            if not end or request.keep_tables:
-                takers.setdefault(parent, child)
-        rows = []
+        """The rows after a decision. A row's first child takes its tables, the others fork them."""
+        needs_tables = [request.use_cache and (request.keep_tables or not end) for end in host.finished]
+        heirs: dict[int, int] = {}
+        for child, parent in enumerate(host.parents):
+            if needs_tables[child]:
+                heirs.setdefault(parent, child)
+        children = []
         for child, (token, parent) in enumerate(zip(host.tokens, host.parents, strict=True)):
             row = request.rows[parent]
-            wanted = row.cached is not None and (not host.finished[child] or request.keep_tables)
             tables = None
-            if wanted and self.cache is not None and row.cached is not None:
-                tables = row.cached if takers[parent] == child else self.cache.fork(row.cached)
-            rows.append(Row([*row.token_ids, token], tables, row.regime))
+            if needs_tables[child]:
+                tables = row.cached if heirs[parent] == child else self._rows.fork_tables(row)
+            children.append(Row([*row.token_ids, token], tables, row.regime))
         for parent, row in enumerate(request.rows):
-            if parent not in takers:
-                self._drop_tables(row)
-        return rows
+            if request.use_cache and parent not in heirs:
+                self._rows.close(row)
+        return children
 
     def _close(self, request: Request, error: BaseException | None) -> None:
         """End a request. What was computed stays in the prefix index; finished rows' tables are kept for contexts.
@@ -405,22 +359,23 @@ class Engine:
         """
         request.done, request.error = True, error
         request.reserved = ()
-        for row in (*request.rows, *request.finished_rows):
+        request.finished_at = time.perf_counter()
+        if request.use_cache and self.cache is not None:
             if error is None:
-                self.remember(row)
-                key = tuple(row.token_ids)
-                if row in request.finished_rows and row.cached is not None and key not in request.kept:
-                    request.kept[key] = self.hold(row, claimed=False)
-            self._drop_tables(row)
+                self._keep_tables(request)
+            for row in (*request.rows, *request.finished_rows):
+                self._rows.close(row)
         request.rows.clear()
         request.finished_rows.clear()
-        request.finished_at = time.perf_counter()
         self._emit(RequestFinished(request.id, failed=error is not None))
 
-    def _drop_tables(self, row: Row) -> None:
-        if row.cached is not None and self.cache is not None:
-            self.cache.close(row.cached)
-            row.cached = None
+    def _keep_tables(self, request: Request) -> None:
+        for row in (*request.rows, *request.finished_rows):
+            self._rows.remember(row)
+        for row in request.finished_rows:
+            key = tuple(row.token_ids)
+            if row.cached is not None and key not in request.kept:
+                request.kept[key] = self._rows.hold(row, claimed=False)
 
     # ---- what is told --------------------------------------------------------------------------------------
 

@@ -1,0 +1,134 @@
+"""Rows on one model and one cache: opened, run, remembered, held and closed.
+
+What is here knows tables and forward passes, but neither requests nor decisions: the engine, and the calls
+that work by hand on contexts, are built on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvloom.attention import build_plan
+from kvloom.blocks import PoolExhausted
+from kvloom.cache import CachedSequence, Extension, KVCache
+from kvloom.engine.holding import Holding, Holdings
+from kvloom.engine.request import Row
+from kvloom.errors import CacheFull
+from kvloom.models import Binding
+from kvloom.models.binding import Regime
+
+
+class CachedRows:
+    """The rows of a model that keeps its keys and values in `cache`."""
+
+    def __init__(self, binding: Binding, cache: KVCache, holdings: Holdings) -> None:
+        self._binding = binding
+        self._cache = cache
+        self._holdings = holdings
+
+    def open(self, token_ids: list[int], context: Holding | None = None, *, logits_of: int = 1) -> Row:
+        """A row that starts from a context's tables if they can serve, else from the longest cached prefix.
+
+        Args:
+            logits_of: of how many last tokens logits are wanted; these are left to be computed.
+        """
+        regime = self._binding.regime(len(token_ids))
+        reusable = len(token_ids) - logits_of
+        if context is not None and context.cached is not None and context.regime == regime:
+            cached = self._cut(context.cached, min(reusable, context.cached.tokens))
+            if cached is not None:
+                return Row(token_ids, cached, regime)
+        return Row(token_ids, self._open_tables(token_ids[: reusable + 1], regime), regime)
+
+    def ensure_open(self, row: Row) -> None:
+        """Give tables to a row that has none."""
+        if row.cached is None:
+            row.cached = self._open_tables(row.token_ids, row.regime)
+
+    def renew_regime(self, row: Row) -> None:
+        """Forget what was computed for a row whose rotary factors change with the length it has now."""
+        regime = self._binding.regime(len(row.token_ids))
+        if regime != row.regime:
+            self.close(row)
+            row.regime, row.logits = regime, None
+
+    def fork_tables(self, row: Row) -> CachedSequence | None:
+        """Tables that share all blocks with the row's; None if it has none."""
+        return None if row.cached is None else self._cache.fork(row.cached)
+
+    def close(self, row: Row) -> None:
+        """Let go of a row's tables."""
+        if row.cached is not None:
+            self._cache.close(row.cached)
+            row.cached = None
+
+    def remember(self, row: Row) -> None:
+        """Put a row's full blocks into the prefix index."""
+        if row.cached is not None:
+            self._cache.remember(row.cached, row.token_ids, extra_key=self._extra_key(row.regime))
+
+    def hold(self, row: Row, *, claimed: bool) -> Holding:
+        """Keep a row's tables; the row has none afterwards."""
+        assert row.cached is not None, "only tables can be held"
+        cached, row.cached = row.cached, None
+        return self._holdings.add(cached, row.regime, claimed=claimed)
+
+    def fork_holding(self, holding: Holding, tokens: int) -> Holding | None:
+        """A claimed holding of the first `tokens` tokens of another; None if its tables cannot serve."""
+        if holding.cached is None or holding.regime != self._binding.regime(tokens):
+            return None
+        cached = self._cut(holding.cached, min(tokens, holding.cached.tokens))
+        return None if cached is None else self._holdings.add(cached, holding.regime, claimed=True)
+
+    def forward(self, work: Sequence[tuple[Row, int]], *, logits: Sequence[int]) -> Tensor:
+        """One forward pass over the next tokens of rows of one regime.
+
+        Args:
+            work: rows, and how many of their pending tokens run.
+            logits: of how many of these tokens logits are wanted, the last ones of each row.
+
+        Returns:
+            logits, float[sum(logits), vocab]. If the pass fails, all tables are as before.
+        """
+        extension = self._extend(work)
+        try:
+            plan = build_plan(self._cache, extension, logits=logits, device=self._binding.device)
+            token_ids = [token for row, count in work for token in row.token_ids[row.computed - count : row.computed]]
+            result = self._binding.forward(
+                torch.tensor(token_ids, device=self._binding.device), plan, self._cache.store, regime=work[0][0].regime
+            )
+        except BaseException:
+            self._cache.rollback(extension)
+            raise
+        for row, count in work:
+            if count > 1:
+                # Before windows let go of what only the prefix index may still want.
+                self.remember(row)
+        self._cache.commit(extension)
+        return result
+
+    def _extend(self, work: Sequence[tuple[Row, int]]) -> Extension:
+        requests = [(row.cached, count) for row, count in work if row.cached is not None]
+        while True:
+            try:
+                return self._cache.extend(requests)
+            except PoolExhausted as exhausted:
+                if not self._holdings.release_oldest_unclaimed():
+                    raise CacheFull(f"{exhausted}. Drop contexts, or raise budget_bytes.") from exhausted
+
+    def _open_tables(self, token_ids: list[int], regime: Regime) -> CachedSequence:
+        return self._cache.open(token_ids, extra_key=self._extra_key(regime))
+
+    def _extra_key(self, regime: Regime) -> bytes:
+        return self._binding.fingerprint() + repr(regime).encode()
+
+    def _cut(self, cached: CachedSequence, tokens: int) -> CachedSequence | None:
+        """A fork of the first `tokens` tokens; None if a window has let go of what it would need."""
+        if not self._cache.can_truncate(cached, tokens):
+            return None
+        fork = self._cache.fork(cached)
+        self._cache.truncate(fork, tokens)
+        return fork
