@@ -9,9 +9,10 @@
     print(out.text, out.usage)
 """
 
+import importlib
+from typing import TYPE_CHECKING
+
 from kvloom import errors
-from kvloom.context import Context
-from kvloom.engine import Usage
 from kvloom.errors import (
     AttachMismatch,
     CacheFull,
@@ -20,8 +21,15 @@ from kvloom.errors import (
     KVLoomError,
     UnsupportedModel,
 )
-from kvloom.model import LanguageModel, Stream, attach, load
-from kvloom.results import Extended, Generation, Hypotheses, Piece
+
+if TYPE_CHECKING:
+    from kvloom.attaching import attach, load
+    from kvloom.context import Context
+    from kvloom.engine import Usage
+    from kvloom.model import LanguageModel
+    from kvloom.results import Extended, Generation, Hypotheses, Piece
+    from kvloom.stream import Stream
+    from kvloom.verify import Report
 
 __version__ = "0.1.0"
 
@@ -37,6 +45,7 @@ __all__ = [
     "KVLoomError",
     "LanguageModel",
     "Piece",
+    "Report",
     "Stream",
     "UnsupportedModel",
     "Usage",
@@ -45,3 +54,31 @@ __all__ = [
     "errors",
     "load",
 ]
+
+# What needs torch and transformers is imported when it is first asked for, so that `kvloom --help` and a
+# mistyped option are answered at once (PEP 562).
+_LATE = {
+    "Context": "context",
+    "Extended": "results",
+    "Generation": "results",
+    "Hypotheses": "results",
+    "LanguageModel": "model",
+    "Piece": "results",
+    "Report": "verify",
+    "Stream": "stream",
+    "Usage": "engine",
+    "attach": "attaching",
+    "load": "attaching",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_LATE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATE})

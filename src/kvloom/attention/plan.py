@@ -183,18 +183,14 @@ class _SpanBuilder:
         if not sources:
             return []
         starts = self._reach.first_visible(np.array([source.first_position for source in sources]))
-        runs = [
-            _from_position(s.runs, int(start))[:, :FIRST] for s, start in zip(sources, starts, strict=True)
-        ]
+        runs = [_from_position(s.runs, int(start))[:, :FIRST] for s, start in zip(sources, starts, strict=True)]
         rows = np.array([source.first_row for source in sources])
         spans: list[Span] = []
         private: list[tuple[int, Runs]] = []
         self._share(rows, runs, spans, private)
         return spans + self._private_spans(private)
 
-    def _share(
-        self, rows: Rows, runs: list[Runs], spans: list[Span], private: list[tuple[int, Runs]]
-    ) -> None:
+    def _share(self, rows: Rows, runs: list[Runs], spans: list[Span], private: list[tuple[int, Runs]]) -> None:
         """Split off what `rows` have in common, then go on with each set of rows that continues alike."""
         for members in _alike_first_run(runs):
             if len(members) == 1:

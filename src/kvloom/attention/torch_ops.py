@@ -41,8 +41,7 @@ def _merge(
     output = torch.zeros(tokens, heads, values.shape[-1], dtype=torch.float32, device=queries.device)
     log_sums = torch.full((tokens, heads), -torch.inf, dtype=torch.float32, device=queries.device)
     for span in plan.spans:
-        # The fused kernel answers in the dtype of the model, be it double; what is merged is float32.
-        part, part_log_sums = (x.float() for x in _partial(queries, keys, values, span, scale, softcap))
+        part, part_log_sums = _partial(queries, keys, values, span, scale, softcap)
         before = log_sums[span.rows]
         after = torch.logaddexp(before, part_log_sums)
         old, new = (before - after).exp_()[..., None], (part_log_sums - after).exp_()[..., None]
@@ -102,9 +101,13 @@ def _plain(
 
 
 def _flash_serves(queries: Tensor, keys: Tensor, values: Tensor, softcap: float | None) -> bool:
-    """Whether PyTorch's fused CPU attention can do the work: it has no soft-cap and wants equal head sizes."""
+    """Whether PyTorch's fused CPU attention can do the work.
+
+    It has no soft-cap, wants equal head sizes, and misreads a float32 mask where queries are float64.
+    """
     return (
         queries.device.type == "cpu"
+        and queries.dtype != torch.float64
         and softcap is None
         and keys.shape[-1] == values.shape[-1]
         and _FLASH is not None

@@ -99,9 +99,7 @@ class KVCache:
         """Blocks that a request can still have in every group: free ones and idle ones."""
         return min(group.available for group in self.groups)
 
-    def open(
-        self, tokens: Sequence[int] = (), *, extra_key: bytes = b"", reuse: bool = True
-    ) -> CachedSequence:
+    def open(self, tokens: Sequence[int] = (), *, extra_key: bytes = b"", reuse: bool = True) -> CachedSequence:
         """A new sequence that already holds the longest known prefix of `tokens`.
 
         The last token is never matched, because its logits produce the first output.
@@ -221,10 +219,7 @@ class KVCache:
             known = np.array([group.index.block(digest) is not None for digest in digests], dtype=bool)
             misses_before = np.concatenate([[0], np.cumsum(~known)])
             lengths = np.arange(len(digests) + 1)
-            first = (
-                group.group.reach.first_visible(lengths * self.layout.block_tokens)
-                // self.layout.block_tokens
-            )
+            first = group.group.reach.first_visible(lengths * self.layout.block_tokens) // self.layout.block_tokens
             usable &= misses_before[lengths] == misses_before[np.minimum(first, lengths)]
         return int(np.flatnonzero(usable)[-1])
 

@@ -90,9 +90,7 @@ class CacheLayout:
     @cached_property
     def groups(self) -> tuple[LayerGroup, ...]:
         """The layer groups, unlimited reach first."""
-        reaches = sorted(
-            {layer.reach for layer in self.layers}, key=lambda reach: (not reach.unlimited, str(reach))
-        )
+        reaches = sorted({layer.reach for layer in self.layers}, key=lambda reach: (not reach.unlimited, str(reach)))
         return tuple(
             LayerGroup(reach, tuple(i for i, layer in enumerate(self.layers) if layer.reach == reach))
             for reach in reaches

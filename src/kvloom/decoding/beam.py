@@ -5,6 +5,9 @@ that enough of them go on when others end. Of the candidates that end, only thos
 become finished hypotheses; the best `num_beams` that do not end are the next beams. Finished hypotheses are
 ranked by score / new_tokens^length_penalty. The order of the additions is transformers' as well: the score
 of what cannot happen is lowered by 1e9, and which of two such scores wins is a matter of rounding.
+
+transformers searches for a batch of prompts at once, and so must freeze the prompts that are done until the
+last one is. Here each prompt has a search of its own, which ends when it is done; there is nothing to freeze.
 """
 
 from __future__ import annotations
@@ -107,32 +110,27 @@ class BeamSearch:
         running = candidates.scores + candidates.ends.float() * IMPOSSIBLE
         kept = running.topk(self._rules.num_beams).indices
         finished = self._beams.finished.best_with(self._ended(candidates))
-        hopeful = self._beams.hopeful & self._can_improve(running[kept], finished)
-        return Beams(candidates.sequences[kept], running[kept], finished, hopeful), kept
+        return Beams(candidates.sequences[kept], running[kept], finished), kept
 
     def _ended(self, candidates: Candidates) -> Finished:
         """The candidates as hypotheses, out of the running unless they end here and are good enough."""
-        before, rules = self._beams, self._rules
+        rules, step = self._rules, len(self._trace)
         order = torch.arange(rules.candidates, device=candidates.scores.device)
         real = candidates.ends & (order < rules.num_beams)
-        scores = candidates.scores / rules.divisor(len(self._trace) + 1)
-        for barred in (self._full(before), ~before.hopeful, ~real):
-            scores = scores + barred.float() * IMPOSSIBLE
-        return Finished(scores, real, torch.full_like(order, len(self._trace)), order)
-
-    def _full(self, beams: Beams) -> Tensor:
-        """bool[]: there are `num_beams` hypotheses, and that is enough."""
-        return beams.finished.real.all() & (self._rules.early_stopping is True)
-
-    def _can_improve(self, scores: Tensor, finished: Finished) -> Tensor:
-        """bool[]: whether the best beam, at the length it may hope for, beats a finished hypothesis."""
-        length = self._rules.hopeful_length(len(self._trace) + 1)
-        best = scores[0] / self._rules.divisor(length)
-        return (best > torch.where(finished.real, finished.scores.min(), IMPOSSIBLE)).any()
+        scores = candidates.scores / rules.divisor(step + 1) + (~real).float() * IMPOSSIBLE
+        return Finished(scores, real, torch.full_like(order, step), order)
 
     def _over(self, beams: Beams, candidates: Candidates) -> Tensor:
         """bool[]: nothing better can come, enough has been found, or nothing can go on."""
-        return ~beams.hopeful | self._full(beams) | candidates.ends.all()
+        enough = beams.finished.real.all() & (self._rules.early_stopping is True)
+        return ~self._can_improve(beams) | enough | candidates.ends.all()
+
+    def _can_improve(self, beams: Beams) -> Tensor:
+        """bool[]: whether the best beam, at the length it may hope for, beats a finished hypothesis."""
+        finished = beams.finished
+        length = self._rules.hopeful_length(len(self._trace) + 1)
+        best = beams.scores[0] / self._rules.divisor(length)
+        return (best > torch.where(finished.real, finished.scores.min(), IMPOSSIBLE)).any()
 
     def advance(self, step: Step, host: HostStep) -> None:
         """Take over `step`, which the engine has applied."""
@@ -179,7 +177,6 @@ def _start(prompt_ids: list[int], num_beams: int, device: torch.device) -> Beams
         sequences=torch.tensor([prompt_ids] * num_beams, dtype=torch.int64, device=device),
         scores=scores,
         finished=Finished.none(num_beams, device),
-        hopeful=torch.ones((), dtype=torch.bool, device=device),
     )
 
 

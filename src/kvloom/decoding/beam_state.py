@@ -85,13 +85,11 @@ class Beams:
         sequences: int64[num_beams, length], prompt and new tokens of each running beam.
         scores: float32[num_beams], summed processed log-probabilities.
         finished: the hypotheses that have ended.
-        hopeful: bool[], whether a running beam might still beat them. Once False it stays False.
     """
 
     sequences: Tensor
     scores: Tensor
     finished: Finished
-    hopeful: Tensor
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,8 @@ def resolve(
     passed = _entries("`generation_config`", generation_config)
     # A copy of the model's own config carries the model's entries; only the changes are the caller's.
     asked = {name: value for name, value in passed.items() if not _same(value, own.get(name))} | dict(options)
-    asked = {name: value for name, value in asked.items() if name not in set(known) - set(CHECKS)}
+    known = frozenset(known)
+    asked = {name: value for name, value in asked.items() if name not in known - CHECKS.keys()}
     _refuse(asked, own, known)
     values = _checked(asked, own)
     _check_vocabulary(values, asked, vocab_size)

@@ -158,7 +158,6 @@ def invert_cdf(scores: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     probabilities = torch.softmax(scores.double(), dim=-1)
     cumulative = probabilities.cumsum(dim=-1).masked_fill(probabilities == 0, -1.0)
     total = cumulative.amax(dim=-1)
-    # Keep the target below the total, so that a last token with a probability always exceeds it.
-    target = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
-    tokens = (cumulative > target[:, None]).to(torch.uint8).argmax(dim=-1)
+    # A uniform number is at most 1 - 2^-53, so its product with the total stays below the total.
+    tokens = (cumulative > (uniforms * total)[:, None]).to(torch.uint8).argmax(dim=-1)
     return tokens, probabilities.gather(1, tokens[:, None])[:, 0] > 0

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.generation import stopping_criteria as hf
 
 from kvloom.decoding.base import FinishReason
-from kvloom.decoding.logits import eos_tensor, merge
+from kvloom.decoding.logits import merge
 from kvloom.decoding.options import Options
 from kvloom.errors import InvalidRequest
 
@@ -89,25 +89,23 @@ def make_stopping(
     """
     max_length = options.lengths(prompt_tokens).maximum
     _require_criteria(custom, max_length)
-    merged = merge(_defaults(options, tokenizer, device), custom or ())
-    eos = [criterion.eos_token_id.to(device) for criterion in merged if _ends_at_eos(criterion)]
-    ids = torch.cat(eos) if eos else None
+    merged = merge(_defaults(options, tokenizer), custom or ())
+    ids = [token for criterion in merged if _ends_at_eos(criterion) for token in criterion.eos_token_id.tolist()]
     return Stopping(
-        eos_token_ids=frozenset([] if ids is None else ids.tolist()),
-        eos=ids,
+        eos_token_ids=frozenset(ids),
+        eos=torch.tensor(ids, dtype=torch.int64, device=device) if ids else None,
         max_length=max_length,
         criteria=tuple(criterion for criterion in merged if not _ends_at_eos(criterion)),
     )
 
 
-def _defaults(options: Options, tokenizer: Any, device: torch.device) -> Iterable[Criterion]:
+def _defaults(options: Options, tokenizer: Any) -> Iterable[Criterion]:
     if options.max_time is not None:
         yield hf.MaxTimeCriteria(max_time=options.max_time)
     if options.stop_strings:
         yield _stop_strings(options.stop_strings, tokenizer)
-    eos = eos_tensor(options, device)
-    if eos is not None:
-        yield hf.EosTokenCriteria(eos_token_id=eos)
+    if options.eos_token_id:
+        yield hf.EosTokenCriteria(eos_token_id=list(options.eos_token_id))
 
 
 def _stop_strings(strings: tuple[str, ...], tokenizer: Any) -> hf.StopStringCriteria:

@@ -74,6 +74,7 @@ class Request:
         max_rows: the most rows that can live at once (beams, or samples).
         use_cache: without it every step computes whole sequences by the model's own forward.
         context: tables to fork instead of opening new ones; they stay the caller's.
+        context_owner: kept alive with the request, because the tables are freed with it.
         keep_tables: whether finished rows keep their tables, for contexts (beams do not: their hypotheses
             outlive their rows).
         kept: by token ids, the tables that finished rows have left behind, once the request is done.
@@ -85,6 +86,7 @@ class Request:
     max_rows: int
     use_cache: bool = True
     context: Holding | None = None
+    context_owner: object = None
     keep_tables: bool = True
 
     id: int = -1

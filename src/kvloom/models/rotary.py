@@ -48,9 +48,11 @@ class _Factors:
         inv_freq = original.to(buffer.device)
         if regime:
             length = self.trained_tokens + 1 if self.rope_type == "longrope" else regime
+            # A tensor, as transformers has it: a plain number would be calculated with in other precision.
+            seq_len = torch.tensor(length, device=buffer.device)
             named = {} if self.layer_type is None else {"layer_type": self.layer_type}
             inv_freq, scaling = ROPE_INIT_FUNCTIONS[self.rope_type](
-                module.config, buffer.device, seq_len=length, **named
+                module.config, buffer.device, seq_len=seq_len, **named
             )
             if self.rope_type != "longrope":
                 setattr(module, f"{self._prefix}attention_scaling", scaling)

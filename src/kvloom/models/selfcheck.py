@@ -2,9 +2,10 @@
 
 Some architectures ignore a custom attention silently, others hide state in their modules. So two sequences of
 unequal length are run on the cache, one of them in chunks, one is forked inside a block, three rows decode two
-more tokens; and each attention layer's output and the logits are compared with a forward pass of the model
-itself. A model whose windows are longer than the check is checked on a copy with small windows, which shares
-the weights.
+more tokens; and what goes into and comes out of each attention layer, and the logits, are compared with a forward
+pass of the model itself. Each attention layer is then handed the model's own input, so that rounding does not add
+up over layers, and a token that a mixture of experts routes otherwise does not spread to those after it.
+A model whose windows are longer than the check is checked on a copy with small windows, which shares the weights.
 """
 
 from __future__ import annotations
@@ -25,20 +26,22 @@ from kvloom.models.attention_interface import AttentionInterfaceBinding
 from kvloom.models.binding import Regime
 
 # Largest relative error of a row, by dtype. A model that is attached wrongly misses by some 10 to 100 per cent.
-# In 16 bits a few rows may differ more, where a mixture of experts sits on a tie, so a quantile is compared.
-TOLERANCE = {torch.float32: (1e-3, 1.0), torch.float64: (1e-3, 1.0), torch.float16: (3e-2, 0.75)}
-TOLERANCE_BFLOAT16 = (1e-1, 0.75)
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+# In 16 bits a few rows may differ more outside of attention, where a mixture of experts sits on a tie.
+TIES_QUANTILE = 0.75
 
 CHECK_TOKENS = 44
+DECODED_TOKENS = 2
 SMALL_WINDOW = 8
 BLOCK_TOKENS = 4
+LOGITS = "the logits"
 
 
 @dataclass(frozen=True)
 class _Trace:
-    """What came out of each attention layer, and the logits, for each token of one sequence."""
+    """What each token of one sequence brought into and out of each attention layer, and its logits, in that order."""
 
-    outputs: dict[str, Tensor]  # name -> [tokens, hidden]
+    rows: dict[str, Tensor]  # what it is -> [tokens, hidden]
 
 
 def prove(binding: AttentionInterfaceBinding) -> float:
@@ -53,24 +56,23 @@ def prove(binding: AttentionInterfaceBinding) -> float:
     if any(_limit(call.shape.reach) > tokens // 2 for call in binding.calls):
         subject = _with_small_windows(binding)
     sequences = _random_sequences(subject.vocab_size, tokens)
-    cached = _run_cached(subject, sequences)
     regime = subject.regime(tokens)
-    worst = 0.0
-    for sequence, trace in zip(sequences, cached, strict=True):
-        worst = max(worst, _compare(subject, _run_uncached(subject, sequence, regime), trace))
-    return worst
+    own = [_run_uncached(subject, sequence, regime) for sequence in sequences]
+    cached = _run_cached(subject, sequences, own)
+    return max(_compare(subject, *traces) for traces in zip(own, cached, strict=True))
 
 
 def _random_sequences(vocab_size: int, tokens: int) -> list[list[int]]:
     """A long sequence, a shorter one, and a fork of the long one with an ending of its own."""
     generator = torch.Generator().manual_seed(20_26)
     long, short, ending = (
-        torch.randint(vocab_size, (count,), generator=generator).tolist() for count in (tokens, tokens // 2, 3)
+        torch.randint(vocab_size, (count,), generator=generator).tolist()
+        for count in (tokens, tokens // 2, DECODED_TOKENS)
     )
-    return [long, short, long[:-2] + ending[:2]]
+    return [long, short, long[:-DECODED_TOKENS] + ending]
 
 
-def _run_cached(binding: AttentionInterfaceBinding, sequences: list[list[int]]) -> list[_Trace]:
+def _run_cached(binding: AttentionInterfaceBinding, sequences: list[list[int]], own: list[_Trace]) -> list[_Trace]:
     """The schedule of the check: chunk and whole, chunk, fork, two decode steps of three rows."""
     long, short, fork = sequences
     cache = KVCache(
@@ -78,14 +80,14 @@ def _run_cached(binding: AttentionInterfaceBinding, sequences: list[list[int]]) 
         budget_bytes=layout.bytes_per_row_of_blocks * 64,
         device=binding.device,
     )
-    runner = _Runner(binding, cache, sequences)
+    runner = _Runner(binding, cache, sequences, own)
     a, b = cache.open(), cache.open()
     middle = len(long) // 2 + 1
-    runner.step([(0, a, middle), (1, b, len(short) - 2)])
-    runner.step([(0, a, len(long) - 2 - middle)])
+    runner.step([(0, a, middle), (1, b, len(short) - DECODED_TOKENS)])
+    runner.step([(0, a, len(long) - DECODED_TOKENS - middle)])
     c = cache.fork(a)
     runner.copy_trace(source=0, target=2)
-    for _ in range(2):
+    for _ in range(DECODED_TOKENS):
         runner.step([(0, a, 1), (1, b, 1), (2, c, 1)])
     assert len(fork) == c.tokens, "the fork is as long as its ending"
     return runner.traces()
@@ -94,23 +96,27 @@ def _run_cached(binding: AttentionInterfaceBinding, sequences: list[list[int]]) 
 class _Runner:
     """Runs steps on the cache and files every row under its sequence."""
 
-    def __init__(self, binding: AttentionInterfaceBinding, cache: KVCache, sequences: list[list[int]]) -> None:
+    def __init__(
+        self, binding: AttentionInterfaceBinding, cache: KVCache, sequences: list[list[int]], own: list[_Trace]
+    ) -> None:
         self._binding = binding
         self._cache = cache
         self._sequences = sequences
+        self._own = own
         self._regime = binding.regime(len(sequences[0]))
         self._rows: list[dict[str, list[Tensor]]] = [{} for _ in sequences]
 
     def step(self, requests: list[tuple[int, CachedSequence, int]]) -> None:
         extension = self._cache.extend([(sequence, count) for _, sequence, count in requests])
         plan = build_plan(self._cache, extension, logits=[count for *_, count in requests], device=self._binding.device)
-        token_ids = [
-            token
-            for index, sequence, count in requests
-            for token in self._sequences[index][sequence.tokens - count : sequence.tokens]
-        ]
-        with _recorded(self._binding) as outputs:
-            outputs["logits"] = self._binding.forward(
+        new = [(index, slice(sequence.tokens - count, sequence.tokens)) for index, sequence, count in requests]
+        token_ids = [token for index, tokens in new for token in self._sequences[index][tokens]]
+        own = {
+            name: torch.cat([self._own[index].rows[name][tokens] for index, tokens in new])
+            for name in self._own[0].rows
+        }
+        with _recorded(self._binding, own) as rows:
+            rows[LOGITS] = self._binding.forward(
                 torch.tensor(token_ids, device=self._binding.device),
                 plan,
                 self._cache.store,
@@ -119,8 +125,8 @@ class _Runner:
         self._cache.commit(extension)
         first = 0
         for index, _, count in requests:
-            for name, output in outputs.items():
-                self._rows[index].setdefault(name, []).append(output[first : first + count])
+            for name, own_rows in rows.items():
+                self._rows[index].setdefault(name, []).append(own_rows[first : first + count])
             first += count
 
     def copy_trace(self, *, source: int, target: int) -> None:
@@ -131,53 +137,82 @@ class _Runner:
 
 
 def _run_uncached(binding: AttentionInterfaceBinding, tokens: list[int], regime: Regime) -> _Trace:
-    with _recorded(binding) as outputs:
+    with _recorded(binding) as rows:
         logits = binding.forward_uncached(torch.tensor([tokens], device=binding.device), last=None, regime=regime)
-        outputs["logits"] = logits[0]
-    return _Trace(outputs)
+        rows[LOGITS] = logits[0]
+    return _Trace(rows)
 
 
 @contextmanager
-def _recorded(binding: AttentionInterfaceBinding) -> Iterator[dict[str, Tensor]]:
-    """Within the block, the output of each attention module of a forward pass is kept, [tokens, hidden]."""
-    outputs: dict[str, Tensor] = {}
+def _recorded(
+    binding: AttentionInterfaceBinding, given: dict[str, Tensor] | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """Within the block, what goes into and comes out of each attention module is kept, [tokens, hidden].
 
-    def keep(name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            outputs[name] = (output[0] if isinstance(output, tuple) else output).flatten(0, -2).detach()
+    Args:
+        given: what the modules are handed instead of the input that was kept.
+    """
+    rows: dict[str, Tensor] = {}
+
+    def before(name: str) -> Any:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            hidden = named.get("hidden_states", inputs[0] if inputs else None)
+            if not isinstance(hidden, Tensor) or hidden.dim() != 3:
+                return None
+            rows[name] = hidden.flatten(0, -2).detach()
+            if given is None:
+                return None
+            own = given[name].view_as(hidden)
+            if "hidden_states" in named:
+                return inputs, named | {"hidden_states": own}
+            return (own, *inputs[1:]), named
 
         return hook
 
-    handles = [call.module.register_forward_hook(keep(call.name)) for call in binding.calls]
+    def after(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            rows[name] = (output[0] if isinstance(output, tuple) else output).flatten(0, -2).detach()
+
+        return hook
+
+    handles = []
+    for call in binding.calls:
+        handles.append(call.module.register_forward_pre_hook(before(f"the input of `{call.name}`"), with_kwargs=True))
+        handles.append(call.module.register_forward_hook(after(f"`{call.name}`")))
     try:
-        yield outputs
+        yield rows
     finally:
         for handle in handles:
             handle.remove()
 
 
 def _compare(binding: AttentionInterfaceBinding, own: _Trace, cached: _Trace) -> float:
-    """The largest relative error over layers; raises at the first layer beyond the tolerance."""
-    tolerance, quantile = TOLERANCE.get(binding.dtype, TOLERANCE_BFLOAT16)
+    """The largest relative error; raises at the first layer beyond the tolerance."""
+    tolerance = TOLERANCE.get(binding.dtype, TOLERANCE[torch.bfloat16])
+    attention = {f"`{call.name}`" for call in binding.calls}
     worst = 0.0
-    for name, expected in own.outputs.items():
-        got = cached.outputs[name]
+    for name, expected in own.rows.items():
+        got = cached.rows[name]
         if got.shape != expected.shape:
-            raise AttachMismatch(
-                f"`{name}` returns {tuple(got.shape)} on the cache and {tuple(expected.shape)} without it."
-            )
+            raise AttachMismatch(f"{name} is {tuple(got.shape)} on the cache and {tuple(expected.shape)} without it.")
         norm = expected.float().norm(dim=-1).clamp_min(1e-12)
         errors = (got.float() - expected.float()).norm(dim=-1) / norm
-        error = float(torch.quantile(errors, quantile))
+        strict = name in attention or binding.dtype in (torch.float32, torch.float64)
+        error = float(errors.max() if strict else _error_but_for_ties(errors))
         if not error <= tolerance:
             row = int(errors.nan_to_num(nan=torch.inf).argmax())
             raise AttachMismatch(
-                f"cached output differs from the model's own, first in `{name}`: relative error {error:.2g} "
+                f"cached output differs from the model's own, first in {name}: relative error {error:.2g} "
                 f"(largest at position {row}), tolerance {tolerance:.2g} for {binding.dtype}. "
                 "The model is not decoded on the cache rather than decoded wrongly."
             )
         worst = max(worst, error)
     return worst
+
+
+def _error_but_for_ties(errors: Tensor) -> Tensor:
+    """What most rows keep to; the few decoded rows are looked at on their own, lest they be taken for ties."""
+    return torch.maximum(errors.quantile(TIES_QUANTILE), errors[-DECODED_TOKENS:].min())
 
 
 def _limit(reach: Any) -> int:

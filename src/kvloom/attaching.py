@@ -1,0 +1,143 @@
+"""`load` and `attach`: from a name, a model or a callable to a `LanguageModel`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from kvloom.engine import Engine
+from kvloom.errors import InvalidRequest, UnsupportedModel
+from kvloom.loading import check_tokenizer, load_pretrained
+from kvloom.model import LanguageModel
+from kvloom.models import AttentionInterfaceBinding, Binding, CallableBinding
+from kvloom.models.selfcheck import prove
+
+
+def load(
+    model: str | os.PathLike[str] | None = None,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    budget_bytes: int | None = None,
+    block_tokens: int = 16,
+    threads: int | None = None,
+) -> LanguageModel:
+    """Load a model and attach it.
+
+    Args:
+        model: a hub id or a folder; by default the bundled demonstration model.
+        dtype: of weights and cache; by default the checkpoint's.
+        device: "cpu" or "cuda".
+        budget_bytes: the most that the cache may take; by default eight sequences of the model's context, at
+            most a quarter of the available memory.
+        block_tokens: tokens a block.
+        threads: PyTorch's threads, for the whole process; by default as PyTorch has them.
+
+    Raises:
+        ModelError: what is missing, damaged or unsupported; see `kvloom.errors`.
+    """
+    _check_sizes(budget_bytes=budget_bytes, block_tokens=block_tokens, threads=threads)
+    loaded, tokenizer = load_pretrained(model, dtype=dtype, device=_device(device))
+    binding = _bind_transformers(loaded, exclusive=True)
+    return _language_model(
+        binding,
+        tokenizer,
+        loaded.generation_config,
+        budget_bytes=budget_bytes,
+        block_tokens=block_tokens,
+        threads=threads,
+    )
+
+
+def attach(
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    vocab_size: int | None = None,
+    max_tokens: int | None = None,
+    device: torch.device | str | None = None,
+    budget_bytes: int | None = None,
+    block_tokens: int = 16,
+    threads: int | None = None,
+) -> LanguageModel:
+    """Decode a model that you hold. The model stays yours: your own calls of it give what they gave before.
+
+    Args:
+        model: a causal language model of transformers, or any callable f(token_ids[B, S]) -> logits[B, S, V],
+            which is decoded without a cache.
+        tokenizer: needed for text prompts and for text results.
+        vocab_size, max_tokens, device: of a callable; a model knows its own.
+        budget_bytes, block_tokens, threads: as for `load`.
+
+    Raises:
+        UnsupportedModel: the model cannot be decoded on the cache; `AttachMismatch` if its cached output
+            differs from its own, with the first layer that does.
+    """
+    _check_sizes(budget_bytes=budget_bytes, block_tokens=block_tokens, threads=threads, max_tokens=max_tokens)
+    binding = _bind(model, vocab_size=vocab_size, max_tokens=max_tokens, device=device)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, binding.vocab_size)
+    return _language_model(
+        binding,
+        tokenizer,
+        getattr(model, "generation_config", None),
+        budget_bytes=budget_bytes,
+        block_tokens=block_tokens,
+        threads=threads,
+    )
+
+
+def _bind(model: Any, *, vocab_size: int | None, max_tokens: int | None, device: torch.device | str | None) -> Binding:
+    # PEFT wraps a model of transformers, into which it has put its adapters.
+    wrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if isinstance(wrapped, PreTrainedModel):
+        for name, value in {"vocab_size": vocab_size, "max_tokens": max_tokens, "device": device}.items():
+            if value is not None:
+                raise InvalidRequest(f"`{name}` is for callables; a transformers model knows its own.")
+        return _bind_transformers(wrapped, exclusive=False)
+    if not callable(model):
+        raise UnsupportedModel(f"a {type(model).__name__} is neither a transformers model nor callable.")
+    if vocab_size is None:
+        raise InvalidRequest("a callable f(token_ids) -> logits needs `vocab_size`.")
+    return CallableBinding(model, vocab_size=vocab_size, max_tokens=max_tokens, device=device or "cpu")
+
+
+def _bind_transformers(model: PreTrainedModel, *, exclusive: bool) -> AttentionInterfaceBinding:
+    binding = AttentionInterfaceBinding(model, exclusive=exclusive)
+    prove(binding)
+    return binding
+
+
+def _language_model(
+    binding: Binding,
+    tokenizer: Any,
+    generation_config: Any,
+    *,
+    budget_bytes: int | None,
+    block_tokens: int,
+    threads: int | None,
+) -> LanguageModel:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    engine = Engine(binding, budget_bytes=budget_bytes, block_tokens=block_tokens)
+    config = generation_config if isinstance(generation_config, GenerationConfig) else None
+    return LanguageModel(engine, tokenizer, config)
+
+
+def _check_sizes(**sizes: int | None) -> None:
+    for name, value in sizes.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise InvalidRequest(f"`{name}` must be a whole number of at least 1; got {value!r}.")
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise InvalidRequest(f"`device={device}` is not a device of PyTorch, such as cpu or cuda.") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidRequest("`device=cuda` was asked for, but PyTorch finds no GPU here. Use device='cpu'.")
+    return found

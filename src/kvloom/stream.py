@@ -1,0 +1,64 @@
+"""A stream: one sequence, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from typing import Any
+
+from kvloom.calls import Calls
+from kvloom.engine import Engine, Request
+from kvloom.results import Generation, Piece
+from kvloom.text import Detokenizer
+
+
+class Stream(Iterator[Piece]):
+    """The pieces of one sequence, as they are generated; see `LanguageModel.stream`."""
+
+    def __init__(self, engine: Engine, tokenizer: Any, calls: Calls, request: Request) -> None:
+        self.result: Generation | None = None
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._calls = calls
+        self._request = request
+        self._pieces = self._run()
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Stop generating and free what was held. Called by itself when the stream is dropped."""
+        self._pieces.close()
+        if self.result is None:
+            self._engine.abort(self._request)
+
+    def _run(self) -> Generator[Piece, None, None]:
+        request, engine = self._request, self._engine
+        texts = None if self._tokenizer is None else Detokenizer(self._tokenizer, request.prompt_ids)
+        shown = 0
+        try:
+            while not request.done or shown < len(request.streamed):
+                if shown == len(request.streamed):
+                    engine.step()
+                    continue
+                token_id, logprob = request.streamed[shown]
+                shown += 1
+                text = "" if texts is None else texts.push(token_id)
+                if not request.done or shown < len(request.streamed):
+                    yield Piece(text, token_id, logprob)
+            engine.run([request])  # raises what the request failed with
+            self.result = self._calls.results(request)[0]
+            rest = "" if texts is None else texts.finish()
+            yield Piece(text + rest, token_id, logprob, self.result.finish_reason)
+        except BaseException:
+            if self.result is None:
+                engine.abort(request)
+            raise
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()

@@ -1,0 +1,10 @@
+"""Cached output equals uncached output: `verify` proves it on a user's own model.
+
+The reference is the model's own forward pass over whole sequences, in which nothing is ours. Six checks compare
+it with the cache, and the cache with itself: cold and warm, whole and in chunks, alone and in a batch.
+"""
+
+from kvloom.verify.checks import verify
+from kvloom.verify.report import Check, Divergence, Report, Verdict
+
+__all__ = ["Check", "Divergence", "Report", "Verdict", "verify"]

@@ -1,0 +1,317 @@
+"""The six checks, and the runs that they compare.
+
+Every run has a cache of its own, which is freed with it: nothing that a user holds is touched, and "cold" means
+cold. All runs decode without EOS and without the model's generation config, so that each is as long as was asked
+for, and what decides is the logits alone.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from kvloom.engine import Engine
+from kvloom.engine.planner import worst_case_blocks
+from kvloom.errors import InvalidRequest
+from kvloom.prompts import read_prompts
+from kvloom.verify.compare import Comparison, Decoded, Watch, compare_beams, compare_sequences
+from kvloom.verify.report import Check, Report
+from kvloom.verify.samples import Shape, choose_prompts
+
+NUM_BEAMS = 4
+DEFAULT_NEW_TOKENS = 24
+"""More than a block of 16, so that every sequence begins a block of its own."""
+
+MIN_PROMPT_TOKENS = 4
+
+# How far cached logits may differ from uncached ones, relative to the largest |logit|. Two correct forward
+# passes differ by some 1e-6 in float32; in bfloat16 (float16) by a few units in the last of 8 (11) bits, which
+# layers add up. A mistake (a lost block, a wrong position) differs by a good part of the logits themselves.
+RELATIVE_TOLERANCE = {
+    torch.float64: 2e-5,
+    torch.float32: 2e-5,
+    torch.float16: 1e-2,
+    torch.bfloat16: 1e-1,
+}
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is running, how many runs are done, and how many there are."""
+
+
+class Decodes(Protocol):
+    """What the checks need of a language model."""
+
+    def generate(self, prompt: Any, **options: Any) -> Any:
+        """See `LanguageModel.generate`."""
+        ...
+
+    def beam_search(self, prompt: Any, **options: Any) -> Any:
+        """See `LanguageModel.beam_search`."""
+        ...
+
+
+def verify(
+    make: Callable[[Engine], Decodes],
+    engine: Engine,
+    tokenizer: Any,
+    *,
+    prompts: Any = None,
+    max_new_tokens: int | None = None,
+    seed: int = 0,
+    on_progress: Progress | None = None,
+) -> Report:
+    """Compare cached with uncached decoding; see `LanguageModel.verify`, which calls this.
+
+    Args:
+        make: gives a language model for an engine, with no generation config.
+        engine: the user's: its binding, and how its cache is laid out.
+    """
+    began = time.perf_counter()
+    binding = engine.binding
+    shape = _shape(engine, max_new_tokens)
+    if prompts is None:
+        token_ids = choose_prompts(tokenizer, vocab_size=binding.vocab_size, shape=shape, seed=seed)
+    else:
+        token_ids = read_prompts(prompts, tokenizer, vocab_size=binding.vocab_size).token_ids
+    checks: tuple[Check, ...] = ()
+    if engine.cache is not None:
+        checks = _Checks(_Runs(make, engine, token_ids, shape, seed, on_progress)).all()
+    return Report(
+        binding=binding.name,
+        dtype=str(binding.dtype).removeprefix("torch."),
+        device=str(binding.device),
+        prompt_tokens=tuple(len(own) for own in token_ids),
+        max_new_tokens=shape.new_tokens,
+        seed=seed,
+        num_beams=NUM_BEAMS,
+        checks=checks,
+        note="" if checks else "a callable has no cache, and is always run uncached.",
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _shape(engine: Engine, max_new_tokens: int | None) -> Shape:
+    """How long prompts and outputs may be: inside of the model's context, however short that is."""
+    if max_new_tokens is not None and (isinstance(max_new_tokens, bool) or max_new_tokens < 1):
+        raise InvalidRequest(f"`max_new_tokens` must be an integer of at least 1, but is {max_new_tokens!r}.")
+    context = engine.binding.max_tokens
+    new_tokens = max_new_tokens or DEFAULT_NEW_TOKENS
+    if context is not None and max_new_tokens is None:
+        new_tokens = max(1, min(new_tokens, context // 3))
+    if context is not None and new_tokens > context - MIN_PROMPT_TOKENS:
+        raise InvalidRequest(
+            f"`max_new_tokens={new_tokens}` leaves fewer than {MIN_PROMPT_TOKENS} tokens of the model's context of "
+            f"{context} for a prompt. Lower it to {max(1, context - MIN_PROMPT_TOKENS)} or less."
+        )
+    block_tokens = 16 if engine.cache is None else engine.cache.layout.block_tokens
+    longest = None if context is None else context - new_tokens
+    return Shape(new_tokens=new_tokens, longest_prompt=longest, block_tokens=block_tokens)
+
+
+class _Runs:
+    """Decodes the prompts in every way that is to be compared."""
+
+    def __init__(
+        self,
+        make: Callable[[Engine], Decodes],
+        engine: Engine,
+        prompts: list[list[int]],
+        shape: Shape,
+        seed: int,
+        on_progress: Progress | None,
+    ) -> None:
+        assert engine.cache is not None, "only a cache can be verified"
+        self.prompts = prompts
+        self.shape = shape
+        self.seed = seed
+        self.relative_tolerance = RELATIVE_TOLERANCE.get(engine.binding.dtype, RELATIVE_TOLERANCE[torch.bfloat16])
+        self._make = make
+        self._engine = engine
+        self._layout = engine.cache.layout
+        self._on_progress = on_progress
+        self._done = 0
+
+    def decode(self, lm: Decodes, prompt: list[int], **options: Any) -> list[Decoded]:
+        """The sequences of one prompt."""
+        return self._sequences(lm.generate, prompt, options)[0]
+
+    def decode_batch(self, lm: Decodes) -> list[Decoded]:
+        """Greedy output of all prompts, decoded together."""
+        return [own for (own,) in self._sequences(lm.generate, self.prompts, {"do_sample": False})]
+
+    def search(self, lm: Decodes, prompt: list[int], **options: Any) -> tuple[list[Decoded], Watch]:
+        """All hypotheses of a beam search, and what it saw."""
+        watch = Watch()
+        beams = {"num_beams": NUM_BEAMS, "num_return_sequences": NUM_BEAMS, "logits_processor": [watch]}
+        return self._sequences(lm.beam_search, prompt, beams | options)[0], watch
+
+    def uncached(self) -> Decodes:
+        """The user's model, to be run with `use_cache=False`."""
+        return self._make(self._engine)
+
+    def cached(self, *prompts: list[int], rows: int = 1, step_tokens: int | None = None) -> Decodes:
+        """The model on a cold cache that holds just these prompts; a prompt is one chunk unless told otherwise."""
+        step_tokens = step_tokens or sum(map(len, prompts))
+        worst = [self._worst_case(len(prompt), rows, step_tokens) for prompt in prompts]
+        blocks = max(sum(group) for group in zip(*worst, strict=True))
+        return self._make(
+            Engine(
+                self._engine.binding,
+                budget_bytes=blocks * self._layout.bytes_per_row_of_blocks,
+                block_tokens=self._layout.block_tokens,
+                step_tokens=step_tokens,
+            )
+        )
+
+    def _worst_case(self, prompt_tokens: int, rows: int, step_tokens: int) -> tuple[int, ...]:
+        """Blocks that a request can come to hold in each layer group, whether or not its rows share the prompt."""
+        shared, apart = (
+            worst_case_blocks(
+                self._layout,
+                prompt_tokens=prompt_tokens,
+                new_tokens=self.shape.new_tokens,
+                rows=rows,
+                step_tokens=step_tokens,
+                shares_prompt=shares_prompt,
+            )
+            for shares_prompt in (True, False)
+        )
+        return tuple(map(max, shared, apart))
+
+    def tell(self, what: str) -> None:
+        """Report that a run begins."""
+        if self._on_progress is not None:
+            self._on_progress(what, self._done, 8 * len(self.prompts) + 1)
+        self._done += 1
+
+    def _sequences(self, call: Callable[..., Any], prompt: Any, options: dict[str, Any]) -> list[list[Decoded]]:
+        """Decode, and keep numbers only: a `Generation` would keep its cache alive."""
+        several = isinstance(prompt[0], list)
+        results = call(prompt, max_new_tokens=self.shape.new_tokens, eos_token_id=None, output_logits=True, **options)
+        return [
+            [Decoded.of(generation) for generation in (own if isinstance(own, list) else [own])]
+            for own in (results if several else [results])
+        ]
+
+
+class _Checks:
+    """Compares the runs."""
+
+    def __init__(self, runs: _Runs) -> None:
+        self._runs = runs
+        self._cold: list[Decoded] = []
+        self._warm: list[Decoded] = []
+
+    def all(self) -> tuple[Check, ...]:
+        return (
+            self.greedy(),
+            self.sampling(),
+            self.beams(),
+            self.warm_prefix(),
+            self.chunks(),
+            self.batch(),
+        )
+
+    def greedy(self) -> Check:
+        """Also keeps what the later checks compare with: cold, in one chunk, alone."""
+        runs, references = self._runs, []
+        for prompt in runs.prompts:
+            runs.tell("greedy, uncached")
+            references += runs.decode(runs.uncached(), prompt, do_sample=False, use_cache=False)
+            runs.tell("greedy, cached")
+            lm = runs.cached(prompt)
+            self._cold += runs.decode(lm, prompt, do_sample=False)
+            runs.tell("greedy, warm prefix")
+            self._warm += runs.decode(lm, prompt, do_sample=False)
+        return self._compare("greedy", ("uncached", "cached"), references, self._cold, f"{len(references)} prompts")
+
+    def sampling(self) -> Check:
+        """The same random numbers on both sides."""
+        runs = self._runs
+        options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": runs.seed}
+        references, others = [], []
+        for prompt in runs.prompts:
+            runs.tell("sampling, uncached")
+            references += runs.decode(runs.uncached(), prompt, use_cache=False, **options)
+            runs.tell("sampling, cached")
+            others += runs.decode(runs.cached(prompt), prompt, **options)
+        detail = f"temperature 1, seed {runs.seed}"
+        return self._compare("sampling", ("uncached", "cached"), references, others, detail, seed=runs.seed)
+
+    def beams(self) -> Check:
+        """All hypotheses of a search, and the beams of every step."""
+        runs, comparisons = self._runs, []
+        for index, prompt in enumerate(runs.prompts):
+            runs.tell("beam search, uncached")
+            references, seen = runs.search(runs.uncached(), prompt, use_cache=False)
+            runs.tell("beam search, cached")
+            others, seen_cached = runs.search(runs.cached(prompt, rows=NUM_BEAMS), prompt)
+            comparisons.append(compare_beams(references, others, (seen, seen_cached), prompt=index))
+        return self._check("beam search", ("uncached", "cached"), comparisons, f"{NUM_BEAMS} beams")
+
+    def warm_prefix(self) -> Check:
+        """The same prompt again, on the cache that holds it."""
+        found = sum(own.cached_prompt_tokens for own in self._warm)
+        detail = f"{found} of {sum(map(len, self._runs.prompts))} prompt tokens found in the cache"
+        return self._compare("greedy", ("cold", "warm prefix"), self._cold, self._warm, detail)
+
+    def chunks(self) -> Check:
+        """Prefill in three chunks or more, whose borders are not those of blocks."""
+        runs, others = self._runs, []
+        for prompt in runs.prompts:
+            runs.tell("greedy, in chunks")
+            step_tokens = runs.shape.chunk_tokens(len(prompt))
+            others += runs.decode(runs.cached(prompt, step_tokens=step_tokens), prompt, do_sample=False)
+        longest = max(map(len, runs.prompts))
+        detail = f"chunks of up to {runs.shape.chunk_tokens(longest)} tokens"
+        return self._compare("greedy", ("one chunk", "many"), self._cold, others, detail)
+
+    def batch(self) -> Check:
+        """All prompts at once, as long as they are."""
+        runs = self._runs
+        runs.tell("greedy, in a batch")
+        others = runs.decode_batch(runs.cached(*runs.prompts))
+        return self._compare("greedy", ("alone", "in a batch"), self._cold, others, f"batch of {len(others)}")
+
+    def _compare(
+        self,
+        method: str,
+        names: tuple[str, str],
+        references: Sequence[Decoded],
+        others: Sequence[Decoded],
+        detail: str,
+        *,
+        seed: int | None = None,
+    ) -> Check:
+        pairs = enumerate(zip(references, others, strict=True))
+        comparisons = [compare_sequences(own, other, prompt=index, seed=seed) for index, (own, other) in pairs]
+        return self._check(method, names, comparisons, detail)
+
+    def _check(self, method: str, names: tuple[str, str], parts: Sequence[Comparison], detail: str) -> Check:
+        divergences = [found for part in parts for found in part.divergences]
+        first = next((found for found in divergences if not found.explained), next(iter(divergences), None))
+        scale = max(part.scale for part in parts)
+        return Check(
+            method=method,
+            reference=names[0],
+            other=names[1],
+            sequences=sum(part.sequences for part in parts),
+            tokens=sum(part.tokens for part in parts),
+            equal_tokens=sum(part.equal_tokens for part in parts),
+            divergence=first,
+            divergences=len(divergences),
+            margin=min(part.margin for part in parts) if first is None else first.margin,
+            max_difference=max((part.max_difference for part in parts), key=_nan_first),
+            tolerance=self._runs.relative_tolerance * scale,
+            scale=scale,
+            relative_tolerance=self._runs.relative_tolerance,
+            detail=detail,
+        )
+
+
+def _nan_first(value: float) -> float:
+    return math.inf if math.isnan(value) else value

@@ -1,0 +1,195 @@
+"""What `verify` returns."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Verdict = Literal["equal", "near tie", "failed"]
+
+COLUMNS = ("method", "compared", "tokens", "margin", "max |Δ|", "tolerance", "verdict")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divergence:
+    """The first place at which two runs chose other tokens.
+
+    Attributes:
+        prompt: index of the prompt.
+        sequence: index of the sequence: the rank of a beam hypothesis, else 0.
+        position: index among the new tokens.
+        expected, found: the token of the reference and of the other run; None where a run had ended.
+        margin: by how much the reference's logits prefer its own choice to the other one; see `Check.margin`.
+        difference: largest difference between the scores from which the two runs chose.
+        explained: whether differences of this size can turn a margin of this size. If so, it is a near tie.
+    """
+
+    prompt: int
+    sequence: int
+    position: int
+    expected: int | None
+    found: int | None
+    margin: float
+    difference: float
+    explained: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """Two ways to compute the same thing, compared.
+
+    Attributes:
+        method: "greedy", "sampling" or "beam search".
+        reference, other: the two ways, such as "uncached" and "cached".
+        sequences: how many sequences were compared.
+        tokens: new tokens of the reference, over all sequences.
+        equal_tokens: of these, equal up to the first divergence of their sequence.
+        divergence: the first one that is no near tie, else the first; None if all tokens are equal.
+        divergences: how many sequences diverge.
+        margin: how close the reference was to choosing otherwise: at the divergence, or the least of all steps.
+            Greedy: the gap between the two best logits. Sampling: the distance, in log-odds, of the random
+            number to the border of the chosen token's share. Beam search: the gap between scores of beams.
+        max_difference: largest |difference| of logits (of beams: also of log-probabilities and scores) over all
+            steps up to the first divergence, where both runs have the same history.
+        tolerance: what it may be: `relative_tolerance` of `scale`.
+        scale: the largest |logit| of the reference.
+        relative_tolerance: depends on the dtype.
+        detail: what was run, in a few words.
+    """
+
+    method: str
+    reference: str
+    other: str
+    sequences: int
+    tokens: int
+    equal_tokens: int
+    divergence: Divergence | None
+    divergences: int
+    margin: float
+    max_difference: float
+    tolerance: float
+    scale: float
+    relative_tolerance: float
+    detail: str
+
+    @property
+    def verdict(self) -> Verdict:
+        """ "equal": same tokens, logits within tolerance. "near tie": logits within tolerance, and that small
+        difference explains why another token won. "failed": anything else."""
+        if not self.max_difference <= self.tolerance:
+            return "failed"
+        if self.divergence is None:
+            return "equal"
+        return "near tie" if self.divergence.explained else "failed"
+
+    def cells(self) -> tuple[str, ...]:
+        """The check as a row of a table; see `COLUMNS`."""
+        return (
+            self.method,
+            f"{self.reference}, {self.other}",
+            f"{self.equal_tokens}/{self.tokens}",
+            f"{self.margin:.2g}",
+            f"{self.max_difference:.2g}",
+            f"{self.tolerance:.2g}",
+            self.verdict,
+        )
+
+    def explain(self) -> str | None:
+        """What went wrong, or nearly, in a sentence or two; None if all is equal."""
+        title = f"{self.method}, {self.reference} against {self.other}"
+        parts = []
+        if (found := self.divergence) is not None:
+            beam = f", hypothesis {found.sequence + 1}" if self.method == "beam search" else ""
+            choice = f"{_token(found.expected)} {self.reference}, {_token(found.found)} {self.other}"
+            more = f" ({self.divergences} of {self.sequences} sequences diverge)" if self.divergences > 1 else ""
+            parts.append(
+                f"prompt {found.prompt + 1}{beam}: new token {found.position + 1} is {choice}{more}; margin "
+                f"{found.margin:.2g}, {'explained' if found.explained else 'not explained'} by a difference of "
+                f"{found.difference:.2g}"
+            )
+        if not self.max_difference <= self.tolerance:
+            parts.append(f"logits differ by {self.max_difference:.2g}, tolerance {self.tolerance:.2g}")
+        return f"{title}: {'; '.join(parts)}." if parts else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The outcome of `verify`. Its text is a table; `ok` says whether every check passed.
+
+    Attributes:
+        binding: how the model is attached.
+        dtype, device: of weights and cache.
+        prompt_tokens: length of each prompt.
+        max_new_tokens, seed, num_beams: as they were used.
+        checks: in the order in which they ran; empty if there is no cache to verify, and then `note` says why.
+        seconds: what it took.
+    """
+
+    binding: str
+    dtype: str
+    device: str
+    prompt_tokens: tuple[int, ...]
+    max_new_tokens: int
+    seed: int
+    num_beams: int
+    checks: tuple[Check, ...]
+    note: str
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether no check failed. Near ties pass: they are reported, not hidden, and not counted as equal."""
+        return not any(check.verdict == "failed" for check in self.checks)
+
+    def heading(self) -> str:
+        """What was verified."""
+        lengths = [f"{count:,}" for count in self.prompt_tokens]
+        listed = " and ".join([", ".join(lengths[:-1]), lengths[-1]]) if len(lengths) > 1 else lengths[0]
+        prompts = f"a prompt of {listed} tokens" if len(lengths) == 1 else f"prompts of {listed} tokens"
+        return f"{self.dtype} on {self.device}, {prompts}, {self.max_new_tokens} new tokens, seed {self.seed}"
+
+    def summary(self) -> str:
+        """The outcome in one line."""
+        if not self.checks:
+            return f"nothing to compare: {self.note}"
+        counted = {
+            verdict: sum(c.verdict == verdict for c in self.checks) for verdict in ("equal", "near tie", "failed")
+        }
+        parts = [f"{count} {verdict}" for verdict, count in counted.items() if count]
+        outcome = "verified" if self.ok else "NOT verified"
+        return f"{outcome}: {len(self.checks)} checks, {', '.join(parts)}, in {self.seconds:.1f} s"
+
+    def advice(self) -> str | None:
+        """What to do about a failure; None if there is nothing to say."""
+        if self.ok or self.dtype in ("float32", "float64"):
+            return None
+        return (
+            f"{self.dtype} keeps few digits, and a mixture of experts may route a token elsewhere for the last of "
+            "them. Verify in float32 to tell rounding from a mistake."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: all fields, with the verdict of each check and of the whole."""
+        fields = asdict(self)
+        fields["checks"] = [asdict(check) | {"verdict": check.verdict} for check in self.checks]
+        return {"ok": self.ok, "summary": self.summary(), **fields}
+
+    def __str__(self) -> str:
+        if not self.checks:
+            return self.summary()
+        rows = [COLUMNS, *(check.cells() for check in self.checks)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+        numeric = range(2, 6)
+        table = [
+            "  ".join(
+                cell.rjust(width) if column in numeric else cell.ljust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        notes = [text for text in (*(check.explain() for check in self.checks), self.advice()) if text]
+        return "\n".join([self.heading(), "", *table, "", *notes, self.summary()])
+
+
+def _token(token_id: int | None) -> str:
+    return "the end" if token_id is None else str(token_id)
