@@ -106,8 +106,9 @@ def _bind(model: Any, *, vocab_size: int | None, max_tokens: int | None, device:
 
 
 def _bind_transformers(model: PreTrainedModel, *, exclusive: bool) -> AttentionInterfaceBinding:
-    binding = AttentionInterfaceBinding(model, exclusive=exclusive)
+    binding = AttentionInterfaceBinding(model)
     prove(binding)
+    binding.pack(exclusive=exclusive)
     return binding
 
 

@@ -11,7 +11,7 @@ import hashlib
 import inspect
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,8 +77,7 @@ class AttentionInterfaceBinding:
     """A causal language model of transformers whose attention goes through the interface.
 
     Args:
-        model: in evaluation mode. Its weights, config and mode are left as they are, unless it is `exclusive`.
-        exclusive: the model is ours alone, so its linear layers may be repacked in place: see `packed`.
+        model: in evaluation mode. Its weights, config and mode are left as they are.
 
     Raises:
         UnsupportedModel: for models that cannot be decoded this way; the message says which part and why.
@@ -86,7 +85,7 @@ class AttentionInterfaceBinding:
 
     name = "transformers attention interface"
 
-    def __init__(self, model: PreTrainedModel, *, exclusive: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self._lock = threading.RLock()
         self.check_ready()
@@ -101,7 +100,7 @@ class AttentionInterfaceBinding:
         self.layers: tuple[LayerShape, ...] = tuple(call.shape for call in self.calls)
         self._layer_of = {call.module: index for index, call in enumerate(self.calls)}
         self._group_of_layer: tuple[int, ...] | None = None
-        self.packed = PackedLinears(model, exclusive=exclusive)
+        self.packed: PackedLinears | None = None
 
     @property
     def device(self) -> torch.device:
@@ -146,7 +145,8 @@ class AttentionInterfaceBinding:
         if self._group_of_layer is None:
             self._group_of_layer = store.layout.group_of_layer
         step = _Step(plan, store, self._layer_of, self._group_of_layer)
-        with self._lock, self._attention_is(NAME), self._rotary.fixed(regime), self.packed.active():
+        packed = nullcontext() if self.packed is None else self.packed.active()
+        with self._lock, self._attention_is(NAME), self._rotary.fixed(regime), packed:
             output = self.model(
                 input_ids=token_ids[None],
                 position_ids=plan.positions[None],
@@ -165,6 +165,10 @@ class AttentionInterfaceBinding:
         with self._lock, self._rotary.fixed(fixed):
             logits: Tensor = self.model(input_ids=token_ids.to(self.device), use_cache=False, **keep).logits
         return logits if last is None else logits[:, -last:]
+
+    def pack(self, *, exclusive: bool) -> None:
+        """Decode with packed copies of the linear layers; see `PackedLinears` for what `exclusive` does."""
+        self.packed = PackedLinears(self.model, exclusive=exclusive)
 
     def detach(self) -> None:
         """Nothing to undo: between two of our forward passes the model is its owner's."""
