@@ -112,10 +112,7 @@ def to_host(steps: list[Step]) -> list[HostStep]:
         return []
     # float64 holds every token id and every float32 exactly, so one tensor can carry all four fields.
     packed = torch.cat(
-        [
-            torch.stack([s.tokens.double(), s.parents.double(), s.finished.double(), s.logprobs.double()])
-            for s in steps
-        ],
+        [torch.stack([s.tokens.double(), s.parents.double(), s.finished.double(), s.logprobs.double()]) for s in steps],
         dim=1,
     )
     rows = packed.cpu().tolist()

@@ -323,7 +323,12 @@ class Engine:
     def _apply(self, request: Request, step: Step, host: HostStep) -> None:
         """Fork the parents, drop what ended or has no child, hand on the tokens."""
         if any(logprob != logprob for logprob in host.logprobs):
-            self._close(request, NumericalError("the model returned NaN logits, so no token can be chosen."))
+            self._close(
+                request,
+                NumericalError(
+                    "no token can be chosen: the model returned NaN logits, or the logits processors left no token possible."
+                ),
+            )
             return
         request.decoder.advance(step, host)
         children = self._children(request, host)
