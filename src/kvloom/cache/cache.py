@@ -88,7 +88,12 @@ class KVCache:
             )
         self.layout = layout
         self.blocks = blocks
-        self.store = Store(layout, blocks, device)
+        try:
+            self.store = Store(layout, blocks, device)
+        except (RuntimeError, MemoryError) as error:
+            raise CacheFull(
+                f"a cache of budget_bytes={budget_bytes:,} cannot be allocated on {device}. Lower budget_bytes."
+            ) from error
         self.groups = tuple(
             GroupCache(group, pool := BlockPool(blocks), PrefixIndex(pool, layout.block_tokens))
             for group in layout.groups
@@ -112,8 +117,10 @@ class KVCache:
     def extend(self, requests: Sequence[tuple[CachedSequence, int]]) -> Extension:
         """Make room for `count` new tokens in each sequence, copying shared blocks before they are written.
 
-        Raises `PoolExhausted`, with everything as before, if the blocks do not suffice.
+        Raises `PoolExhausted`, with all tables as before, if the blocks do not suffice; idle prefix blocks may have
+        been reclaimed. Between an extension and its commit or rollback no sequence may be closed.
         """
+        assert len({id(sequence) for sequence, _ in requests}) == len(requests), "a sequence is extended once a step"
         done: list[tuple[Table, Append]] = []
         appends: list[tuple[Append, ...]] = []
         try:
@@ -160,8 +167,8 @@ class KVCache:
         size = self.layout.block_tokens
         digests = chain_digests(tokens[: sequence.tokens], size, extra_key)
         for table, group in zip(sequence.tables, self.groups, strict=True):
-            for block, offset, count, first in table.runs.tolist():
-                if offset == 0 and count == size and first % size == 0 and first // size < len(digests):
+            for block, _, count, first in table.runs.tolist():
+                if count == size and first % size == 0 and first // size < len(digests):
                     group.index.insert(digests[first // size], block, depth=first // size)
 
     def fork(self, sequence: CachedSequence) -> CachedSequence:
@@ -209,7 +216,7 @@ class KVCache:
         for table, group in zip(sequence.tables, self.groups, strict=True):
             first = group.group.reach.first_needed(length * size) // size if length else 0
             match: PrefixMatch = group.index.longest_match(digests[first:length])
-            group.index.touch(match.blocks[::-1])
+            group.index.touch(match.blocks)
             table.share(match.blocks, first=first * size)
 
     def _usable_blocks(self, digests: list[bytes]) -> int:

@@ -26,6 +26,9 @@ class Reach:
     window_tokens: int | None = None
     chunk_tokens: int | None = None
 
+    def __post_init__(self) -> None:
+        assert self.window_tokens is None or self.chunk_tokens is None, "a layer has a window or chunks, not both"
+
     @property
     def unlimited(self) -> bool:
         """Whether every past token stays visible."""

@@ -124,10 +124,15 @@ class AttentionInterfaceBinding:
             )
 
     def fingerprint(self) -> bytes:
-        """Digest of where every weight lies, how often it was written in place, and of the active adapters."""
+        """Digest of where every weight lies, how often it was written in place, and of the active adapters.
+
+        Writing through `parameter.data` leaves no trace that PyTorch keeps: attach again after that.
+        """
         digest = hashlib.blake2b(digest_size=16)
         for parameter in self.model.parameters():
-            digest.update(f"{parameter.data_ptr()} {parameter._version} ".encode())
+            # Weights made under inference_mode count no writes, and can only be written under it.
+            writes = 0 if parameter.is_inference() else parameter._version
+            digest.update(f"{parameter.data_ptr()} {writes} ".encode())
         for module in self.model.modules():
             # PEFT's layers; the method of the same name on a model needs PEFT to be installed.
             if isinstance(getattr(type(module), "active_adapters", None), property):

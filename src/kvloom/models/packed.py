@@ -39,13 +39,12 @@ class PackedLinear:
 
     def _pack(self) -> None:
         weight = self.module.weight
-        self._seen = (weight.data_ptr(), weight._version)
+        self._seen = _state(weight)
         self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS_HINT)
 
     def refresh(self) -> None:
         """Pack again if the owner has replaced the weights or written to them."""
-        weight = self.module.weight
-        if self._seen != (weight.data_ptr(), weight._version):
+        if self._seen != _state(self.module.weight):
             self._pack()
 
     def forward(self, input: Tensor) -> Tensor:
@@ -112,6 +111,11 @@ def packable(model: nn.Module) -> list[nn.Linear]:
         and module.weight.dtype in PACKED_DTYPES
         and module.weight.numel() >= MIN_WEIGHTS
     ]
+
+
+def _state(weight: Tensor) -> tuple[int, int]:
+    """Changes when the weight is replaced or written to."""
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
 def _operators_exist() -> bool:
