@@ -58,13 +58,17 @@ class Timing:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: medians in seconds, ratios as transformers / KVLoom."""
+    """One line of the table: medians in seconds, ratios as transformers / KVLoom.
+
+    `bandwidth_share` is how much of the memory bandwidth our step uses if all it did were to read each weight once.
+    """
 
     setting: str
     ours_prefill: float
     theirs_prefill: float
     ours_step: float
     theirs_step: float
+    bandwidth_share: float
 
     @property
     def prefill_ratio(self) -> float:
@@ -136,26 +140,58 @@ def _timing(start: float, ends: list[float]) -> Timing:
     return Timing(ends[0] - start, [after - before for before, after in itertools.pairwise(ends)])
 
 
-def measure(setting: Setting, ours: Callable[..., Timing], theirs: Callable[..., Timing], runs: int) -> Row:
-    """Alternate `runs` times; every run has a prompt of its own, so that no prefix is found in the cache."""
+def read_bandwidth() -> float:
+    """Bytes a second at which this machine reads a gigabyte of memory: the limit of a decode step."""
+    ones = torch.ones(1 << 28)
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        ones.sum()
+        times.append(time.perf_counter() - start)
+    return ones.nbytes / min(times)
+
+
+def measure(
+    setting: Setting,
+    ours: Callable[..., Timing],
+    theirs: Callable[..., Timing],
+    runs: int,
+    *,
+    shortest_step: float,
+) -> Row:
+    """Alternate `runs` times; every run has a prompt of its own, so that no prefix is found in the cache.
+
+    Args:
+        shortest_step: seconds in which the weights could be read once.
+    """
     timings: dict[str, list[Timing]] = {"ours": [], "theirs": []}
     for run in range(runs):
-        prompt = torch.randint(150_000, (setting.prompt,), generator=torch.Generator().manual_seed(run)).tolist()
+        generator = torch.Generator().manual_seed(1_000 * setting.beams + run)
+        prompt = torch.randint(150_000, (setting.prompt,), generator=generator).tolist()
         timings["ours"].append(ours(prompt, setting))
         timings["theirs"].append(theirs(prompt, setting))
     prefill = {name: statistics.median(t.prefill for t in own) for name, own in timings.items()}
     step = {name: statistics.median(s for t in own for s in t.steps) for name, own in timings.items()}
-    return Row(setting.name, prefill["ours"], prefill["theirs"], step["ours"], step["theirs"])
+    return Row(
+        setting=setting.name,
+        ours_prefill=prefill["ours"],
+        theirs_prefill=prefill["theirs"],
+        ours_step=step["ours"],
+        theirs_step=step["theirs"],
+        bandwidth_share=shortest_step / step["ours"],
+    )
 
 
 def render(rows: list[Row]) -> Table:
     table = Table(title="milliseconds; ratio = transformers / KVLoom")
-    for column in ("beams x prompt", "step", "transformers", "ratio", "prefill", "transformers", "ratio"):
+    columns = ("beams x prompt", "step", "of bandwidth", "transformers", "ratio", "prefill", "transformers", "ratio")
+    for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
             row.setting,
             f"{row.ours_step * 1e3:.1f}",
+            f"{row.bandwidth_share:.0%}",
             f"{row.theirs_step * 1e3:.1f}",
             f"{row.step_ratio:.2f}",
             f"{row.ours_prefill * 1e3:,.0f}",
@@ -184,15 +220,25 @@ def main(names: tuple[str, ...], runs: int, dtype: str, threads: int | None, jso
     chosen = [known[name] for name in names] or list(SETTINGS)
     model = make_model(getattr(torch, dtype))
     lm = kvloom.attach(model)
+    bandwidth = read_bandwidth()
+    shortest_step = sum(parameter.nbytes for parameter in model.parameters()) / bandwidth
     rows = []
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("measuring", total=len(chosen))
         time_ours(lm, [1, 2, 3], Setting(1, 3, 4))  # threads and caches are warm before anything counts
         time_theirs(model, [1, 2, 3], Setting(1, 3, 4))
         for setting in chosen:
-            rows.append(measure(setting, lambda p, s: time_ours(lm, p, s), lambda p, s: time_theirs(model, p, s), runs))
+            rows.append(
+                measure(
+                    setting,
+                    lambda prompt, own: time_ours(lm, prompt, own),
+                    lambda prompt, own: time_theirs(model, prompt, own),
+                    runs,
+                    shortest_step=shortest_step,
+                )
+            )
             progress.advance(task)
-    Console().print(render(rows))
+    Console(width=110).print(render(rows))
     facts = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -202,6 +248,7 @@ def main(names: tuple[str, ...], runs: int, dtype: str, threads: int | None, jso
         "machine": platform.machine(),
         "dtype": dtype,
         "runs": runs,
+        "read bandwidth": f"{bandwidth / 1e9:.0f} GB/s",
     }
     click.echo(", ".join(f"{name} {value}" for name, value in facts.items()))
     if json_path:

@@ -30,6 +30,7 @@ from kvloom.errors import CacheFull, ContextClosed, NumericalError
 from kvloom.models import Binding
 
 STEP_TOKENS = 512
+NO_TOKEN = "no token can be chosen: the model returned NaN logits, or the logits processors left no token possible."
 
 
 class Engine:
@@ -264,9 +265,11 @@ class Engine:
         """
         for row in request.rows:
             self._rows.renew_regime(row)
-        waiting = next((row for row in request.rows if row.pending > 1), None)
-        if waiting is not None:
-            self._rows.ensure_open(waiting)
+        for row in request.rows:
+            if row.pending > 1:
+                self._rows.ensure_open(row)
+            if row.pending > 1:
+                break  # a row that found all but its last token runs as a decode step, beside the next
 
     def _forward_together(self, items: Sequence[Scheduled]) -> None:
         """One forward pass; rows that are complete get their logits."""
@@ -323,12 +326,7 @@ class Engine:
     def _apply(self, request: Request, step: Step, host: HostStep) -> None:
         """Fork the parents, drop what ended or has no child, hand on the tokens."""
         if any(logprob != logprob for logprob in host.logprobs):
-            self._close(
-                request,
-                NumericalError(
-                    "no token can be chosen: the model returned NaN logits, or the logits processors left no token possible."
-                ),
-            )
+            self._close(request, NumericalError(NO_TOKEN))
             return
         request.decoder.advance(step, host)
         children = self._children(request, host)
