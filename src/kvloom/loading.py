@@ -10,12 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from kvloom.errors import CorruptCheckpoint, InvalidRequest, ModelNotFound, TokenizerMismatch, UnsupportedModel
+
+TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.tiktoken", "spiece.model", "sentencepiece*")
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 
@@ -83,9 +90,11 @@ def _check_files(folder: Path) -> None:
     if not config.is_file():
         raise ModelNotFound(f"`{folder}` holds no config.json, so it is not a model folder.")
     try:
-        json.loads(config.read_text(encoding="utf-8"))
+        fields = json.loads(config.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise CorruptCheckpoint(f"`{config}` cannot be read: {_first_line(error)}") from error
+    if not isinstance(fields, dict):
+        raise CorruptCheckpoint(f"`{config}` holds a JSON {type(fields).__name__}, not an object with fields.")
     for weights in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(weights, framework="pt"):
@@ -101,7 +110,7 @@ def _read_config(source: Path | str) -> Any:
         raise ModelNotFound(
             f"`{source}` is neither a folder nor a model that can be fetched from the hub: {_first_line(error)}"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise UnsupportedModel(f"the config of `{source}` cannot be used: {_first_line(error)}") from error
 
 
@@ -109,7 +118,7 @@ def _read_weights(source: Path | str, config: Any, dtype: torch.dtype | str) -> 
     try:
         with _quiet(local=isinstance(source, Path)):
             model, report = AutoModelForCausalLM.from_pretrained(
-                source, config=config, dtype=dtype, output_loading_info=True
+                source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
             )
     except (SafetensorError, RuntimeError, EOFError) as error:
         raise CorruptCheckpoint(f"the weights of `{source}` cannot be read: {_first_line(error)}") from error
@@ -117,8 +126,11 @@ def _read_weights(source: Path | str, config: Any, dtype: torch.dtype | str) -> 
         raise CorruptCheckpoint(f"`{source}` holds no complete set of weights: {_first_line(error)}") from error
     except (ValueError, KeyError) as error:
         raise UnsupportedModel(f"`{source}` is not a causal language model: {_first_line(error)}") from error
-    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-    if missing:
+    for name, found, expected in sorted(report["mismatched_keys"]):
+        raise CorruptCheckpoint(
+            f"`{name}` in the checkpoint `{source}` has the shape {list(found)}, but by its config {list(expected)}."
+        )
+    if missing := sorted(report["missing_keys"]):
         raise CorruptCheckpoint(
             f"the checkpoint `{source}` lacks {len(missing)} of the model's weights, `{missing[0]}` first; "
             "transformers would have made them up."
@@ -143,7 +155,8 @@ def _quiet(*, local: bool) -> Iterator[None]:
 
 def _read_tokenizer(source: Path | str) -> Any:
     """The checkpoint's tokenizer; None if it has no tokenizer files."""
-    if isinstance(source, Path) and not any(source.glob("*token*")) and not (source / "vocab.json").is_file():
+    if isinstance(source, Path) and not any(any(source.glob(name)) for name in TOKENIZER_FILES):
+        # transformers would make one up, with an empty vocabulary.
         return None
     try:
         return AutoTokenizer.from_pretrained(source)
@@ -157,4 +170,6 @@ def _embedding_rows(model: PreTrainedModel) -> int:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[1]}"
     return lines[0] if lines else type(error).__name__

@@ -7,7 +7,6 @@ for, and what decides is the logits alone.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -16,9 +15,9 @@ import torch
 
 from kvloom.engine import Engine
 from kvloom.engine.planner import worst_case_blocks
-from kvloom.errors import InvalidRequest
+from kvloom.errors import InvalidRequest, NumericalError
 from kvloom.prompts import read_prompts
-from kvloom.verify.compare import Comparison, Decoded, Watch, compare_beams, compare_sequences
+from kvloom.verify.compare import Comparison, Decoded, Watch, compare_beams, compare_sequences, worst
 from kvloom.verify.report import Check, Report
 from kvloom.verify.samples import Shape, choose_prompts
 
@@ -35,7 +34,7 @@ RELATIVE_TOLERANCE = {
     torch.float64: 2e-5,
     torch.float32: 2e-5,
     torch.float16: 1e-2,
-    torch.bfloat16: 1e-1,
+    torch.bfloat16: 5e-2,
 }
 
 Progress = Callable[[str, int, int], None]
@@ -135,9 +134,9 @@ class _Runs:
         self._on_progress = on_progress
         self._done = 0
 
-    def decode(self, lm: Decodes, prompt: list[int], **options: Any) -> list[Decoded]:
-        """The sequences of one prompt."""
-        return self._sequences(lm.generate, prompt, options)[0]
+    def decode(self, lm: Decodes, prompt: list[int], **options: Any) -> Decoded:
+        """The one sequence of a prompt."""
+        return self._sequences(lm.generate, [prompt], options)[0][0]
 
     def decode_batch(self, lm: Decodes) -> list[Decoded]:
         """Greedy output of all prompts, decoded together."""
@@ -147,7 +146,7 @@ class _Runs:
         """All hypotheses of a beam search, and what it saw."""
         watch = Watch()
         beams = {"num_beams": NUM_BEAMS, "num_return_sequences": NUM_BEAMS, "logits_processor": [watch]}
-        return self._sequences(lm.beam_search, prompt, beams | options)[0], watch
+        return self._sequences(lm.beam_search, [prompt], beams | options)[0], watch
 
     def uncached(self) -> Decodes:
         """The user's model, to be run with `use_cache=False`."""
@@ -188,14 +187,20 @@ class _Runs:
             self._on_progress(what, self._done, 8 * len(self.prompts) + 1)
         self._done += 1
 
-    def _sequences(self, call: Callable[..., Any], prompt: Any, options: dict[str, Any]) -> list[list[Decoded]]:
+    def _sequences(
+        self, call: Callable[..., Any], prompts: list[list[int]], options: dict[str, Any]
+    ) -> list[list[Decoded]]:
         """Decode, and keep numbers only: a `Generation` would keep its cache alive."""
-        several = isinstance(prompt[0], list)
-        results = call(prompt, max_new_tokens=self.shape.new_tokens, eos_token_id=None, output_logits=True, **options)
-        return [
-            [Decoded.of(generation) for generation in (own if isinstance(own, list) else [own])]
-            for own in (results if several else [results])
-        ]
+        fixed = {"max_new_tokens": self.shape.new_tokens, "eos_token_id": None, "output_logits": True}
+        try:
+            results = call(prompts, **fixed, **options)
+        except NumericalError:
+            if options.get("use_cache") is False:
+                raise
+            # The model itself gives numbers; that the cache does not is a finding, and no reason to stop.
+            nothing = Decoded.nothing(self._engine.binding.vocab_size)
+            return [[nothing] * options.get("num_return_sequences", 1) for _ in prompts]
+        return [[Decoded.of(generation) for generation in (own if isinstance(own, list) else [own])] for own in results]
 
 
 class _Checks:
@@ -221,12 +226,12 @@ class _Checks:
         runs, references = self._runs, []
         for prompt in runs.prompts:
             runs.tell("greedy, uncached")
-            references += runs.decode(runs.uncached(), prompt, do_sample=False, use_cache=False)
+            references.append(runs.decode(runs.uncached(), prompt, do_sample=False, use_cache=False))
             runs.tell("greedy, cached")
             lm = runs.cached(prompt)
-            self._cold += runs.decode(lm, prompt, do_sample=False)
+            self._cold.append(runs.decode(lm, prompt, do_sample=False))
             runs.tell("greedy, warm prefix")
-            self._warm += runs.decode(lm, prompt, do_sample=False)
+            self._warm.append(runs.decode(lm, prompt, do_sample=False))
         return self._compare("greedy", ("uncached", "cached"), references, self._cold, f"{len(references)} prompts")
 
     def sampling(self) -> Check:
@@ -236,9 +241,9 @@ class _Checks:
         references, others = [], []
         for prompt in runs.prompts:
             runs.tell("sampling, uncached")
-            references += runs.decode(runs.uncached(), prompt, use_cache=False, **options)
+            references.append(runs.decode(runs.uncached(), prompt, use_cache=False, **options))
             runs.tell("sampling, cached")
-            others += runs.decode(runs.cached(prompt), prompt, **options)
+            others.append(runs.decode(runs.cached(prompt), prompt, **options))
         detail = f"temperature 1, seed {runs.seed}"
         return self._compare("sampling", ("uncached", "cached"), references, others, detail, seed=runs.seed)
 
@@ -265,7 +270,7 @@ class _Checks:
         for prompt in runs.prompts:
             runs.tell("greedy, in chunks")
             step_tokens = runs.shape.chunk_tokens(len(prompt))
-            others += runs.decode(runs.cached(prompt, step_tokens=step_tokens), prompt, do_sample=False)
+            others.append(runs.decode(runs.cached(prompt, step_tokens=step_tokens), prompt, do_sample=False))
         longest = max(map(len, runs.prompts))
         detail = f"chunks of up to {runs.shape.chunk_tokens(longest)} tokens"
         return self._compare("greedy", ("one chunk", "many"), self._cold, others, detail)
@@ -305,13 +310,9 @@ class _Checks:
             divergence=first,
             divergences=len(divergences),
             margin=min(part.margin for part in parts) if first is None else first.margin,
-            max_difference=max((part.max_difference for part in parts), key=_nan_first),
+            max_difference=worst([part.max_difference for part in parts]),
             tolerance=self._runs.relative_tolerance * scale,
             scale=scale,
             relative_tolerance=self._runs.relative_tolerance,
             detail=detail,
         )
-
-
-def _nan_first(value: float) -> float:
-    return math.inf if math.isnan(value) else value

@@ -48,6 +48,13 @@ class Decoded:
             cached_prompt_tokens=generation.usage.cached_prompt_tokens,
         )
 
+    @classmethod
+    def nothing(cls, vocab_size: int) -> Decoded:
+        """What stands for a run that gave logits which are no numbers."""
+        return cls(
+            token_ids=[], logprobs=[], logits=torch.full((1, vocab_size), torch.nan), score=0.0, cached_prompt_tokens=0
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
@@ -139,7 +146,7 @@ class _Margins:
 # ---- beams -------------------------------------------------------------------------------------------------
 
 
-class Watch(LogitsProcessor):
+class Watch(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped for us
     """Keeps what a beam search sees: at each step its beams and the log-probabilities of what may follow."""
 
     def __init__(self) -> None:
@@ -176,20 +183,20 @@ def compare_beams(
                     explained=margin <= 2 * difference,
                 )
             )
-    difference = search.max_difference()
+    differences = [search.max_difference()]
     for own, its, same in zip(reference, other, equal, strict=True):
         common = min(same + 1, len(own.token_ids), len(its.token_ids))
-        difference = max(difference, _largest(_row_differences(own.logits[:common], its.logits[:common])))
+        differences.append(_largest(_row_differences(own.logits[:common], its.logits[:common])))
         if own.token_ids == its.token_ids:
             pairs = [*zip(own.logprobs, its.logprobs, strict=True), (own.score, its.score)]
-            difference = max(difference, *(_gap(a, b) for a, b in pairs))
+            differences += [_gap(a, b) for a, b in pairs]
     return Comparison(
         sequences=len(reference),
         tokens=sum(len(own.token_ids) for own in reference),
         equal_tokens=sum(equal),
         divergences=tuple(diverged),
         margin=diverged[0].margin if diverged else search.least_margin(),
-        max_difference=difference,
+        max_difference=worst(differences),
         scale=max(_scale(own.logits) for own in reference),
     )
 
@@ -207,7 +214,7 @@ class _Search:
     def max_difference(self) -> float:
         """Largest difference of log-probabilities over the common steps."""
         steps = zip(self._reference.logprobs[: self._common], self._other.logprobs[: self._common], strict=True)
-        return max((_largest(_row_differences(own, its)) for own, its in steps), default=0.0)
+        return worst([_largest(_row_differences(own, its)) for own, its in steps])
 
     def divergence(self, own: Decoded, its: Decoded) -> tuple[float, float]:
         """Margin and difference of scores at the step at which the searches, or at last two hypotheses, part."""
@@ -221,7 +228,7 @@ class _Search:
             prompt = self._reference.beams[0][0]
             first, second = (*prompt, *own.token_ids), (*prompt, *its.token_ids)
         totals, others = self._scores[0][step], self._scores[1][step]
-        difference = max(_largest(_row_differences(totals[row], others[row])) for row in totals)
+        difference = worst([_largest(_row_differences(totals[row], others[row])) for row in totals])
         return self._score(totals, first) - self._score(totals, second), difference
 
     def least_margin(self) -> float:
@@ -283,6 +290,11 @@ def _row_differences(expected: Tensor, found: Tensor) -> Tensor:
 
 def _gap(first: float, second: float) -> float:
     return 0.0 if first == second else abs(first - second)
+
+
+def worst(differences: Sequence[float]) -> float:
+    """The largest; NaN if there is one, which `max` would pass over."""
+    return max(differences, key=lambda value: math.inf if math.isnan(value) else value, default=0.0)
 
 
 def _largest(values: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -88,7 +89,7 @@ class Check:
             self.method,
             f"{self.reference}, {self.other}",
             f"{self.equal_tokens}/{self.tokens}",
-            f"{self.margin:.2g}",
+            f"{self.margin:.2g}" if math.isfinite(self.margin) else "-",
             f"{self.max_difference:.2g}",
             f"{self.tolerance:.2g}",
             self.verdict,
@@ -97,17 +98,17 @@ class Check:
     def explain(self) -> str | None:
         """What went wrong, or nearly, in a sentence or two; None if all is equal."""
         title = f"{self.method}, {self.reference} against {self.other}"
+        within = self.max_difference <= self.tolerance
         parts = []
         if (found := self.divergence) is not None:
             beam = f", hypothesis {found.sequence + 1}" if self.method == "beam search" else ""
             choice = f"{_token(found.expected)} {self.reference}, {_token(found.found)} {self.other}"
             more = f" ({self.divergences} of {self.sequences} sequences diverge)" if self.divergences > 1 else ""
-            parts.append(
-                f"prompt {found.prompt + 1}{beam}: new token {found.position + 1} is {choice}{more}; margin "
-                f"{found.margin:.2g}, {'explained' if found.explained else 'not explained'} by a difference of "
-                f"{found.difference:.2g}"
-            )
-        if not self.max_difference <= self.tolerance:
+            parts.append(f"prompt {found.prompt + 1}{beam}: new token {found.position + 1} is {choice}{more}")
+            because = {True: "explained by", False: "too large for"}[found.explained]
+            if within:
+                parts.append(f"its margin of {found.margin:.2g} is {because} a difference of {found.difference:.2g}")
+        if not within:
             parts.append(f"logits differ by {self.max_difference:.2g}, tolerance {self.tolerance:.2g}")
         return f"{title}: {'; '.join(parts)}." if parts else None
 
@@ -147,6 +148,14 @@ class Report:
         listed = " and ".join([", ".join(lengths[:-1]), lengths[-1]]) if len(lengths) > 1 else lengths[0]
         prompts = f"a prompt of {listed} tokens" if len(lengths) == 1 else f"prompts of {listed} tokens"
         return f"{self.dtype} on {self.device}, {prompts}, {self.max_new_tokens} new tokens, seed {self.seed}"
+
+    def legend(self) -> str:
+        """What the columns of the table mean."""
+        share = self.checks[0].relative_tolerance if self.checks else 0.0
+        return (
+            "margin: how far the reference was from another choice. max |Δ|: largest difference of logits; tolerance: "
+            f"{share:g} of the largest |logit|. Near tie: a difference so small turned a margin as small."
+        )
 
     def summary(self) -> str:
         """The outcome in one line."""
@@ -188,7 +197,7 @@ class Report:
             for row in rows
         ]
         notes = [text for text in (*(check.explain() for check in self.checks), self.advice()) if text]
-        return "\n".join([self.heading(), "", *table, "", *notes, self.summary()])
+        return "\n".join([self.heading(), "", *table, "", self.legend(), *notes, self.summary()])
 
 
 def _token(token_id: int | None) -> str:

@@ -1,0 +1,389 @@
+"""`kvloom generate`."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvloom.cli import show
+from kvloom.cli.group import Command, in_words_of_the_command
+from kvloom.cli.meter import Meter
+from kvloom.cli.params import Alternatives, TokenId, load_model, model_name, model_options, option
+from kvloom.cli.terminal import is_file, is_terminal, note
+from kvloom.errors import EmptyPrompt, InvalidRequest
+
+if TYPE_CHECKING:
+    from kvloom.decoding import Options
+    from kvloom.model import LanguageModel
+    from kvloom.results import Generation
+
+DEFAULT_NEW_TOKENS = 128
+MODEL_SETTINGS = ("model", "dtype", "device", "threads", "budget_bytes", "block_tokens")
+IMPLY_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+
+COUNT = click.IntRange(min=1)
+
+
+@click.command(cls=Command)
+@click.argument("prompt", required=False)
+@option(
+    "--token-ids",
+    is_flag=True,
+    section="Input and output",
+    help="The prompt is token ids, with commas or spaces between; so is the output.",
+)
+@option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    section="Input and output",
+    help="Print one JSON object: text, tokens, log-probabilities, usage, settings.",
+)
+@option(
+    "--logprobs",
+    "top_logprobs",
+    metavar="[K]",
+    type=Alternatives(),
+    is_flag=False,
+    flag_value=0,
+    section="Input and output",
+    help="Show the probability of each token, and the K likeliest ones, on stderr.",
+)
+@option("-q", "--quiet", is_flag=True, section="Input and output", help="No progress, no notes, no summary.")
+@option(
+    "--max-new-tokens",
+    metavar="N",
+    type=COUNT,
+    section="Length",
+    help=f"The most tokens to write.  [default: {DEFAULT_NEW_TOKENS}, or what the model's context leaves]",
+)
+@option("--min-new-tokens", metavar="N", type=click.IntRange(min=0), section="Length", help="No EOS before these.")
+@option(
+    "--stop",
+    "stop_strings",
+    metavar="TEXT",
+    multiple=True,
+    section="Length",
+    help="Stop when this has been written. May be repeated.",
+)
+@option(
+    "--eos-token-id",
+    metavar="ID",
+    type=TokenId(),
+    multiple=True,
+    section="Length",
+    help="Stop at this token; `none`: at no token. May be repeated.  [default: the model's]",
+)
+@option(
+    "--do-sample/--no-do-sample",
+    default=None,
+    section="Sampling",
+    help="Draw tokens, or take the likeliest.  [default: as the model's generation config says]",
+)
+@option(
+    "--temperature",
+    metavar="X",
+    type=float,
+    section="Sampling",
+    help="Below 1 sharpens, above 1 flattens. This and the next three imply --do-sample.",
+)
+@option("--top-k", metavar="N", type=int, section="Sampling", help="Draw from the N likeliest tokens; 0: from all.")
+@option("--top-p", metavar="P", type=float, section="Sampling", help="Draw from the likeliest tokens that make up P.")
+@option(
+    "--min-p",
+    metavar="P",
+    type=float,
+    section="Sampling",
+    help="Draw from tokens at least P times as likely as the likeliest.",
+)
+@option(
+    "--seed",
+    metavar="N",
+    type=int,
+    section="Sampling",
+    help="The same seed gives the same text.  [default: a new one; the summary shows it]",
+)
+@option(
+    "--repetition-penalty",
+    metavar="X",
+    type=float,
+    section="Sampling",
+    help="Above 1: tokens that occurred become less likely. Needs no sampling.",
+)
+@option(
+    "--presence-penalty",
+    metavar="X",
+    type=float,
+    section="Sampling",
+    help="Subtracted from the logits of tokens written before. Needs no sampling.",
+)
+@option("--num-beams", metavar="N", type=COUNT, section="Beam search", help="Search with N beams.")
+@option(
+    "--num-return-sequences",
+    metavar="N",
+    type=COUNT,
+    section="Beam search",
+    help="Show the N best hypotheses; without beams, N samples.",
+)
+@option(
+    "--length-penalty",
+    metavar="X",
+    type=float,
+    section="Beam search",
+    help="Scores are divided by length ^ X, so X above 0 favours long hypotheses.",
+)
+@option(
+    "--early-stopping",
+    metavar="WHEN",
+    type=click.Choice(["false", "true", "never"]),
+    section="Beam search",
+    help="Stop when there are N hypotheses (true), when better ones are unlikely (false) or impossible (never).",
+)
+@model_options
+@option(
+    "--no-cache",
+    is_flag=True,
+    section="Model",
+    help="Compute everything anew for each token, by the model's own forward.",
+)
+@click.pass_context
+def generate(
+    ctx: click.Context, /, prompt: str | None, token_ids: bool, as_json: bool, quiet: bool, **options: Any
+) -> None:
+    """Continue PROMPT.
+
+    PROMPT is text. `-` reads it from standard input, as does a pipe if there is no PROMPT; one newline at its
+    end is dropped. Standard output holds the generated text and nothing else. It is streamed, unless there are
+    beams or several sequences.
+
+    \b
+    kvloom generate "Once upon a time" --temperature 0.8 --seed 7
+    kvloom generate "Once upon a time" --num-beams 4 --num-return-sequences 2
+    echo "Once upon a time" | kvloom generate --json | jq -r '.generations[0].text'
+    """
+    text = _read_prompt(prompt)
+    settings = {name: options.pop(name) for name in MODEL_SETTINGS}
+    given = _given(options)
+    ids = _read_ids(text) if token_ids else None
+    with _notes(ctx, quiet):
+        lm = load_model(quiet=quiet, **settings)
+        job = _prepare(lm, text if ids is None else ids, given, model=model_name(settings["model"]), quiet=quiet)
+        results = job.stream() if job.streams and not as_json else job.decode()
+        if as_json:
+            show.print_json(job.to_dict(results))
+        elif not job.streams:
+            job.print_sequences(results)
+        if "top_logprobs" in given and not as_json:
+            sys.stdout.flush()
+            show.print_logprobs(results, tokenizer=lm.tokenizer, prompt_ids=job.prompt_ids)
+        if not quiet:
+            sys.stdout.flush()
+            job.print_summary(results)
+
+
+# ---- what was asked for ------------------------------------------------------------------------------------------
+
+
+def _read_prompt(prompt: str | None) -> str:
+    if prompt is None and is_terminal(sys.stdin):
+        raise click.UsageError('no prompt. Pass it, as in `kvloom generate "Once upon a time"`, or pipe it in.')
+    if prompt is None or prompt == "-":
+        try:
+            prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n").removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise InvalidRequest(f"the prompt on standard input is not UTF-8 text: {error}.") from error
+    if not prompt:
+        raise EmptyPrompt("the prompt is empty. Pass some text, or token ids with --token-ids.")
+    return prompt
+
+
+def _read_ids(text: str) -> list[int]:
+    words = text.replace(",", " ").split()
+    wrong = next((word for word in words if not word.lstrip("-").isdecimal()), None)
+    if wrong is not None:
+        raise InvalidRequest(f"`{wrong}` is not a token id; with --token-ids the prompt is integers.")
+    if not words:
+        raise EmptyPrompt("the prompt holds no token ids.")
+    return [int(word) for word in words]
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were set, in the library's words."""
+    given = {name: value for name, value in options.items() if value is not None and value != ()}
+    if given.pop("no_cache"):
+        given["use_cache"] = False
+    if "eos_token_id" in given:
+        known = [token for token in given["eos_token_id"] if token is not None]
+        given["eos_token_id"] = known or None
+    if "stop_strings" in given:
+        given["stop_strings"] = list(given["stop_strings"])
+    if "early_stopping" in given:
+        given["early_stopping"] = {"true": True, "false": False}.get(given["early_stopping"], "never")
+    implied = [name for name in IMPLY_SAMPLING if name in given]
+    if implied and given.get("do_sample") is False:
+        flag = implied[0].replace("_", "-")
+        raise click.UsageError(f"`--{flag}` and `--no-do-sample` contradict each other. Leave one away.")
+    if implied:
+        given["do_sample"] = True
+    return given
+
+
+@contextmanager
+def _notes(ctx: click.Context, quiet: bool) -> Iterator[None]:
+    """Warnings of ours become notes; those of other libraries are not for users of a command."""
+
+    said: set[str] = set()
+
+    def show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        ours = category.__module__.startswith("kvloom.")
+        if ours and not quiet and str(message) not in said:
+            said.add(str(message))
+            note(in_words_of_the_command(str(message), ctx))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", category=UserWarning)
+        warnings.showwarning = show_warning
+        yield
+
+
+# ---- doing it ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """One run of the command."""
+
+    lm: LanguageModel
+    model: str
+    prompt: str | None
+    prompt_ids: list[int]
+    given: dict[str, Any]
+    resolved: Options
+    meter: Meter
+    quiet: bool
+
+    @property
+    def streams(self) -> bool:
+        return self.resolved.num_beams == 1 and self.resolved.num_return_sequences == 1
+
+    def stream(self) -> list[Generation]:
+        """Write the text as it comes."""
+        written = ""
+        with self._metered(), self.lm.stream(self.prompt_ids, **self.given) as pieces:
+            for piece in pieces:
+                if not written:
+                    self._begin()
+                text = piece.text if self.prompt is not None else f"{' ' if written else ''}{piece.token_id}"
+                show.print_piece(text)
+                written += text
+        show.finish_line(written)
+        assert pieces.result is not None, "the stream was read to its end"
+        return [pieces.result]
+
+    def decode(self) -> list[Generation]:
+        """All sequences, when they are done."""
+        with self._metered():
+            results = self.lm.generate(self.prompt_ids, **self.given)
+        return list(results) if isinstance(results, list) else [results]
+
+    def print_sequences(self, results: list[Generation]) -> None:
+        """What `decode` returned, as text or ids."""
+        if len(results) == 1:
+            self._begin()
+        show.print_sequences(results, as_ids=self.prompt is None)
+
+    def _begin(self) -> None:
+        """The bar makes way for the text; in a terminal the prompt stands before what continues it."""
+        if not is_file(sys.stdout):
+            # Not even a pipe is safe: `| tee` writes to the terminal in which the bar stands.
+            self.meter.stop()
+        if is_terminal(sys.stdout) and is_terminal(sys.stderr) and not self.quiet:
+            prompt = f"{' '.join(map(str, self.prompt_ids))} " if self.prompt is None else self.prompt
+            show.print_prompt(prompt)
+
+    def to_dict(self, results: list[Generation]) -> dict[str, Any]:
+        """For JSON."""
+        settings = {name: value for name, value in asdict(self.resolved).items() if value not in (None, ())}
+        settings.pop("max_position_embeddings", None)  # the model's, not a setting
+        return show.as_json(
+            results[0].usage,
+            results,
+            prompt=self.prompt,
+            prompt_ids=self.prompt_ids,
+            settings=settings,
+            **self._facts(),
+        )
+
+    def print_summary(self, results: list[Generation]) -> None:
+        """What it cost, on stderr."""
+        show.print_summary(
+            results[0].usage,
+            results,
+            seed=self.resolved.seed if self.resolved.do_sample else None,
+            speed=self.meter.speed,
+            **self._facts(),
+        )
+
+    def _facts(self) -> dict[str, str]:
+        binding = self.lm.binding
+        return {
+            "model": self.model,
+            "dtype": str(binding.dtype).removeprefix("torch."),
+            "device": str(binding.device),
+        }
+
+    @contextmanager
+    def _metered(self) -> Iterator[None]:
+        listeners = self.lm.engine.listeners
+        listeners.append(self.meter)
+        self.meter.start()
+        try:
+            yield
+        finally:
+            listeners.remove(self.meter)
+            self.meter.stop()
+
+
+def _prepare(lm: LanguageModel, prompt: str | list[int], given: dict[str, Any], *, model: str, quiet: bool) -> _Job:
+    from kvloom.decoding import resolve
+    from kvloom.decoding.randomness import fresh_seed
+    from kvloom.prompts import read_prompt
+
+    if isinstance(prompt, str) and lm.tokenizer is None:
+        raise InvalidRequest(f"{model} has no tokenizer. Pass token ids with --token-ids.")
+    prompt_ids = read_prompt(prompt, lm.tokenizer, vocab_size=lm.vocab_size)
+    if "max_new_tokens" not in given:
+        room = DEFAULT_NEW_TOKENS if lm.max_tokens is None else lm.max_tokens - len(prompt_ids)
+        given = {**given, "max_new_tokens": max(1, min(DEFAULT_NEW_TOKENS, room))}
+    resolved = resolve(
+        lm.generation_config, None, given, vocab_size=lm.vocab_size, max_position_embeddings=lm.max_tokens
+    )
+    if resolved.do_sample and resolved.seed is None:
+        # Drawn here, so that the summary can name it.
+        given = {**given, "seed": fresh_seed()}
+        resolved = replace(resolved, seed=given["seed"])
+    if "seed" in given and not resolved.do_sample and not quiet:
+        note("`--seed` has no effect: without sampling nothing is drawn.")
+    meter = Meter(
+        prompt_tokens=len(prompt_ids),
+        new_tokens=given["max_new_tokens"],
+        rows=resolved.num_return_sequences if resolved.num_beams == 1 else None,
+        bar=not quiet and is_terminal(sys.stderr),
+    )
+    return _Job(
+        lm=lm,
+        model=model,
+        prompt=prompt if isinstance(prompt, str) else None,
+        prompt_ids=prompt_ids,
+        given=given,
+        resolved=resolved,
+        meter=meter,
+        quiet=quiet,
+    )

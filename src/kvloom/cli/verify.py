@@ -1,0 +1,130 @@
+"""`kvloom verify`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvloom.cli import show
+from kvloom.cli.group import Command
+from kvloom.cli.params import load_model, model_name, model_options, option
+from kvloom.cli.terminal import is_terminal, progress_bar, stdout_console
+
+if TYPE_CHECKING:
+    from kvloom.verify import Report
+
+STYLES = {"equal": "green", "near tie": "yellow", "failed": "bold red"}
+
+
+@click.command(cls=Command)
+@option("--json", "as_json", is_flag=True, section="Input and output", help="Print one JSON object.")
+@option("-q", "--quiet", is_flag=True, section="Input and output", help="No progress.")
+@option(
+    "--prompt",
+    "prompts",
+    metavar="TEXT",
+    multiple=True,
+    section="Input and output",
+    help="Decode this; may be repeated.  [default: three short prompts that fit the model's context]",
+)
+@option(
+    "--max-new-tokens",
+    metavar="N",
+    type=click.IntRange(min=1),
+    section="Length",
+    help="Tokens of each run.  [default: 24, or a third of a short context]",
+)
+@option(
+    "--seed",
+    metavar="N",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    section="Sampling",
+    help="Of the sampling, and of random prompts where there is no tokenizer.",
+)
+@model_options
+@click.pass_context
+def verify(
+    ctx: click.Context,
+    /,
+    as_json: bool,
+    quiet: bool,
+    prompts: tuple[str, ...],
+    max_new_tokens: int | None,
+    seed: int,
+    **settings: Any,
+) -> None:
+    """Prove that cached output equals uncached output.
+
+    Greedy decoding, sampling and beam search are compared with the model's own forward, which has no cache; then
+    a cold with a warm prefix, one chunk of prefill with many, a prompt alone with the same in a batch.
+
+    Exit status: 0 if all is equal up to rounding, 1 if a check fails.
+
+    \b
+    kvloom verify
+    kvloom verify --model Qwen/Qwen2.5-0.5B-Instruct --dtype float32
+    """
+    lm = load_model(quiet=quiet, **settings)
+    with _progress(quiet) as on_progress:
+        report = lm.verify(list(prompts) or None, max_new_tokens=max_new_tokens, seed=seed, on_progress=on_progress)
+    model = model_name(settings["model"])
+    if as_json:
+        show.print_json({"model": model, **report.to_dict()})
+    else:
+        _print(report, model)
+    if not report.ok:
+        ctx.exit(1)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    if quiet or not is_terminal(sys.stderr):
+        yield None
+        return
+    with progress_bar() as progress:
+        task = progress.add_task("verify", total=1, unit="runs", extra="")
+
+        def show_run(what: str, done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total, extra=what)
+
+        yield show_run
+
+
+def _print(report: Report, model: str) -> None:
+    from rich.text import Text
+
+    console = stdout_console()
+    if report.checks:
+        console.print(Text(model, style="bold"), Text(report.heading(), style="dim"), sep="\n")
+        console.print(_table(report))
+        console.print(Text(report.legend(), style="dim"))
+    for check in report.checks:
+        if (explanation := check.explain()) is not None:
+            console.print(Text(explanation, style=STYLES[check.verdict]))
+    if (advice := report.advice()) is not None:
+        console.print(Text(advice))
+    style = "bold green" if report.ok else "bold red"
+    console.print(Text(report.summary(), style=style if report.checks else "bold"), soft_wrap=True)
+
+
+def _table(report: Report) -> Any:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from kvloom.verify.report import COLUMNS
+
+    table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False, padding=(0, 1, 0, 0))
+    for column in COLUMNS:
+        words = column in ("method", "compared", "verdict")
+        table.add_column(column, justify="left" if words else "right", no_wrap=True)
+    for check in report.checks:
+        *cells, verdict = check.cells()
+        table.add_row(*cells, Text(verdict, style=STYLES[check.verdict]))
+    return table
