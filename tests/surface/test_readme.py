@@ -61,9 +61,7 @@ class Command:
     not_run: str | None = None
 
 
-FENCE = re.compile(
-    r"^(?P<ticks>```+)(?P<language>[\w-]*)[^\n]*\n(?P<body>.*?)^(?P=ticks)[ \t]*$", re.M | re.S
-)
+FENCE = re.compile(r"^(?P<ticks>```+)(?P<language>[\w-]*)[^\n]*\n(?P<body>.*?)^(?P=ticks)[ \t]*$", re.M | re.S)
 NOT_RUN = re.compile(r"<!-- not run: (?P<reason>[^\n]+?) -->\s*\Z")
 
 
@@ -203,9 +201,7 @@ def test_there_is_a_readme() -> None:
     assert BLOCKS, "the README shows nothing to run"
 
 
-@pytest.mark.parametrize(
-    "command", [pytest.param(c, id=f"line {c.line}: {c.text[:60]}") for c in commands_of(BLOCKS)]
-)
+@pytest.mark.parametrize("command", [pytest.param(c, id=f"line {c.line}: {c.text[:60]}") for c in commands_of(BLOCKS)])
 def test_a_command_of_the_readme_does_what_the_readme_shows(command: Command, folder: Path) -> None:
     lines = [shlex.split(line, comments=True) for line in command.text.splitlines()]
     for words in lines:
@@ -280,17 +276,13 @@ def test_a_bash_block_is_one_command_a_line_unless_its_output_is_shown() -> None
 
 
 def test_output_belongs_to_the_block_right_before_it_and_to_no_other() -> None:
-    near, far, _ = blocks_of(
-        "```python\na\n```\n\n```text\n1\n```\n```python\nb\n```\nprose\n```text\n2\n```\n"
-    )
+    near, far, _ = blocks_of("```python\na\n```\n\n```text\n1\n```\n```python\nb\n```\nprose\n```text\n2\n```\n")
     assert near.output == "1\n"
     assert far.output is None
 
 
 def test_a_block_is_not_run_only_with_a_reason() -> None:
-    with_reason, without = blocks_of(
-        "<!-- not run: no GPU -->\n```bash\na\n```\n<!-- not run -->\n```bash\nb\n```\n"
-    )
+    with_reason, without = blocks_of("<!-- not run: no GPU -->\n```bash\na\n```\n<!-- not run -->\n```bash\nb\n```\n")
     assert with_reason.not_run == "no GPU"
     assert without.not_run is None
 
