@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
-from kvloom.decoding import BeamSearch, make_decoder, resolve, to_host
+from driver import assert_raw_results, drive
+from kvloom.decoding import BeamSearch, make_decoder, resolve
 from tiny import random_ids, tiny_model
 
 PENALTIES = (-1.0, 0.0, 0.5, 1.0, 1.2, 2.0)
@@ -24,25 +25,12 @@ def model_named(family: str) -> PreTrainedModel:
     return tiny_model(family, num_hidden_layers=1)
 
 
-def drive(model: PreTrainedModel, decoder: BeamSearch, prompt: list[int], beams: int) -> None:
-    """Decode without a cache. The prompt is run `beams` times, as generate does: same batch, same bits."""
-    rows = [prompt]
-    while not decoder.done:
-        batch = torch.tensor(rows if len(rows) > 1 else rows * beams)
-        logits = model(batch, use_cache=False, logits_to_keep=1).logits[: decoder.rows, -1]
-        step = decoder.decide(logits)
-        host = to_host([step])[0]
-        decoder.advance(step, host)
-        chosen = zip(host.parents, host.tokens, host.finished, strict=True)
-        rows = [[*rows[parent], token] for parent, token, finished in chosen if not finished]
-
-
 def search(model: PreTrainedModel, prompt: list[int], beams: int, **options: Any) -> BeamSearch:
     custom = options.pop("logits_processor", None)
     resolved = resolve(model.generation_config, None, {"num_beams": beams, "max_new_tokens": NEW_TOKENS} | options)
     decoder = make_decoder(resolved, prompt, vocab_size=model.config.vocab_size, device="cpu", logits_processor=custom)
     assert isinstance(decoder, BeamSearch)
-    drive(model, decoder, prompt, beams)
+    drive(model, decoder, prompt, first_batch=beams)
     return decoder
 
 
@@ -195,15 +183,7 @@ def test_a_hypothesis_reports_the_raw_logits_along_its_own_path() -> None:
     extras = {"output_logits": True, "top_logprobs": 3, "repetition_penalty": 1.5}
     decoder = search(model, prompt, 4, num_return_sequences=4, **end, **extras)
     for found in decoder.results():
-        sequence = torch.tensor([prompt + found.token_ids])
-        expected = model(sequence).logits[0, len(prompt) - 1 : -1]
-        logprobs = expected.log_softmax(-1)
-        chosen = logprobs.gather(1, sequence[0, len(prompt) :, None])[:, 0]
-        assert found.logits is not None and found.top_logprobs is not None
-        torch.testing.assert_close(found.logits, expected, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(torch.tensor(found.logprobs), chosen, rtol=1e-4, atol=1e-4)
-        best = logprobs.topk(3)
-        assert [top.token_ids for top in found.top_logprobs] == best.indices.tolist()
+        assert_raw_results(model, prompt, found, top=3)
 
 
 def test_without_processors_a_score_is_the_sum_of_the_logprobs_over_the_length() -> None:

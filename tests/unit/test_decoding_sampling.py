@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvloom.decoding import Decoder, HostStep, Hypothesis, make_decoder, resolve, sample_seed, to_host
+from driver import assert_raw_results, drive
+from kvloom.decoding import HostStep, Hypothesis, make_decoder, resolve, sample_seed, to_host
 from kvloom.decoding.randomness import Uniforms
 from kvloom.decoding.sampling import invert_cdf
 from kvloom.errors import EmptyPrompt, InvalidRequest
@@ -31,21 +32,8 @@ def decoder_for(options: dict[str, Any], prompt: list[int], *, vocab: int = VOCA
     return make_decoder(resolved, prompt, vocab_size=vocab, device="cpu", **extra)
 
 
-def drive(model: PreTrainedModel, decoder: Decoder, prompt: list[int]) -> list[Hypothesis]:
-    """Decode without a cache: every step recomputes every row, each alone, so that rows cannot mix."""
-    rows = [prompt]
-    while not decoder.done:
-        logits = torch.cat([model(torch.tensor([row])).logits[:, -1] for row in rows])
-        step = decoder.decide(logits)
-        host = to_host([step])[0]
-        decoder.advance(step, host)
-        chosen = zip(host.parents, host.tokens, host.finished, strict=True)
-        rows = [[*rows[parent], token] for parent, token, finished in chosen if not finished]
-    return decoder.results()
-
-
 def decode(model: PreTrainedModel, prompt: list[int], *, processors: Any = None, **options: Any) -> list[Hypothesis]:
-    return drive(model, decoder_for(options, prompt, logits_processor=processors), prompt)
+    return drive(model, decoder_for(options, prompt, logits_processor=processors), prompt, apart=True)
 
 
 def texts(found: list[Hypothesis]) -> list[list[int]]:
@@ -91,14 +79,7 @@ def test_a_sequence_reports_its_raw_logprobs_logits_and_alternatives(model: PreT
     extras = {"output_logits": True, "top_logprobs": 4, "repetition_penalty": 1.8}
     for options in (extras, extras | {"do_sample": True, "seed": 1, "num_return_sequences": 3, "eos_token_id": 4}):
         for found in decode(model, prompt, **options):
-            sequence = torch.tensor([prompt + found.token_ids])
-            expected = model(sequence).logits[0, len(prompt) - 1 : -1]
-            logprobs = expected.log_softmax(-1)
-            chosen = logprobs.gather(1, sequence[0, len(prompt) :, None])[:, 0]
-            assert found.logits is not None and found.top_logprobs is not None
-            torch.testing.assert_close(found.logits, expected, rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(torch.tensor(found.logprobs), chosen, rtol=1e-4, atol=1e-4)
-            assert [top.token_ids for top in found.top_logprobs] == logprobs.topk(4).indices.tolist()
+            assert_raw_results(model, prompt, found, top=4)
 
 
 # ---- seeds ---------------------------------------------------------------------------------------------------

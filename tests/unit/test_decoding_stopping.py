@@ -16,7 +16,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from kvloom.decoding import Decoder, Hypothesis, make_decoder, resolve, to_host
+from driver import drive
+from kvloom.decoding import Hypothesis, make_decoder, resolve
 from kvloom.decoding.stopping import make_stopping
 from kvloom.errors import InvalidRequest
 
@@ -28,20 +29,6 @@ PROMPT = "Once upon a time, Tim and Lily"
 def stories(stories260k: Path) -> tuple[PreTrainedModel, Any]:
     model = AutoModelForCausalLM.from_pretrained(stories260k, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(stories260k)
-
-
-@torch.no_grad()
-def drive(model: PreTrainedModel, decoder: Decoder, prompt: list[int], beams: int) -> list[Hypothesis]:
-    rows = [prompt]
-    while not decoder.done:
-        batch = torch.tensor(rows if len(rows) > 1 else rows * beams)
-        logits = model(batch, use_cache=False, logits_to_keep=1).logits[: decoder.rows, -1]
-        step = decoder.decide(logits)
-        host = to_host([step])[0]
-        decoder.advance(step, host)
-        chosen = zip(host.parents, host.tokens, host.finished, strict=True)
-        rows = [[*rows[parent], token] for parent, token, finished in chosen if not finished]
-    return decoder.results()
 
 
 def ours(stories: tuple[PreTrainedModel, Any], criteria: Any = None, **options: Any) -> tuple[Any, list[Hypothesis]]:
@@ -56,7 +43,7 @@ def ours(stories: tuple[PreTrainedModel, Any], criteria: Any = None, **options: 
         tokenizer=tokenizer,
         stopping_criteria=criteria,
     )
-    return decoder, drive(model, decoder, prompt, resolved.num_beams)
+    return decoder, drive(model, decoder, prompt, first_batch=resolved.num_beams)
 
 
 def theirs(stories: tuple[PreTrainedModel, Any], criteria: Any = None, **options: Any) -> list[list[int]]:
