@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from kvloom.engine import Engine
-from kvloom.errors import InvalidRequest, UnsupportedModel
+from kvloom.errors import InvalidRequest, KVLoomError, UnsupportedModel
 from kvloom.loading import check_tokenizer, load_pretrained
 from kvloom.model import LanguageModel
 from kvloom.models import AttentionInterfaceBinding, Binding, CallableBinding
@@ -72,6 +72,9 @@ def attach(
         vocab_size, max_tokens, device: of a callable; a model knows its own.
         budget_bytes, block_tokens, threads: as for `load`.
 
+    Your calls of the model and KVLoom's must not overlap in time. Weights that you change in place are noticed;
+    writing through `parameter.data` is not: attach again after that.
+
     Raises:
         UnsupportedModel: the model cannot be decoded on the cache; `AttachMismatch` if its cached output
             differs from its own, with the first layer that does.
@@ -79,6 +82,8 @@ def attach(
     _check_sizes(budget_bytes=budget_bytes, block_tokens=block_tokens, threads=threads, max_tokens=max_tokens)
     binding = _bind(model, vocab_size=vocab_size, max_tokens=max_tokens, device=device)
     if tokenizer is not None:
+        if not hasattr(tokenizer, "get_vocab"):
+            raise InvalidRequest(f"`tokenizer` must be a tokenizer of transformers; got {type(tokenizer).__name__}.")
         check_tokenizer(tokenizer, binding.vocab_size)
     return _language_model(
         binding,
@@ -106,8 +111,15 @@ def _bind(model: Any, *, vocab_size: int | None, max_tokens: int | None, device:
 
 
 def _bind_transformers(model: PreTrainedModel, *, exclusive: bool) -> AttentionInterfaceBinding:
-    binding = AttentionInterfaceBinding(model)
-    prove(binding)
+    try:
+        binding = AttentionInterfaceBinding(model)
+        prove(binding)
+    except KVLoomError:
+        raise
+    except Exception as error:
+        raise UnsupportedModel(
+            f"{type(model).__name__} cannot be run on the cache: {type(error).__name__}: {error}"
+        ) from error
     binding.pack(exclusive=exclusive)
     return binding
 

@@ -8,14 +8,14 @@ from typing import Any
 
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from kvloom.context import Context
+from kvloom.context import Context, check_context
 from kvloom.decoding import Hypothesis, Options, make_decoder, resolve
 from kvloom.engine import Engine, Request, Usage
 from kvloom.engine.holding import Holding
 from kvloom.errors import PromptTooLong
 from kvloom.prompts import read_prompts
 from kvloom.results import Generation, Hypotheses
-from kvloom.text import decode_new
+from kvloom.text import decode_new, token_strings
 
 OWN_OPTIONS = ("context", "generation_config", "logits_processor", "stopping_criteria")
 
@@ -61,6 +61,7 @@ class Calls:
 
     def _whole_prompts(self, prompt: Any, context: Context | None) -> tuple[list[list[int]], bool]:
         """Token ids of each prompt, the context's included."""
+        check_context(context)
         if context is not None:
             context.tables_for(self._engine)
             if prompt is None:
@@ -136,7 +137,7 @@ class Calls:
         tokenizer = self._tokenizer
         result = Generation(
             text="" if tokenizer is None else decode_new(tokenizer, request.prompt_ids, own.token_ids),
-            tokens=[] if tokenizer is None else list(tokenizer.convert_ids_to_tokens(own.token_ids)),
+            tokens=[] if tokenizer is None else token_strings(tokenizer, own.token_ids),
             token_ids=own.token_ids,
             logprobs=own.logprobs,
             top_logprobs=own.top_logprobs,

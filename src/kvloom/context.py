@@ -56,9 +56,10 @@ class Context:
         Layers with a sliding window may have let go of what the shorter context needs; then its tokens are
         computed anew when it is used.
         """
-        if not 0 < tokens <= self.tokens:
+        whole = isinstance(tokens, int) and not isinstance(tokens, bool)
+        if not whole or not 0 < tokens <= self.tokens:
             raise InvalidRequest(
-                f"a context of {self.tokens} tokens can be cut to 1 to {self.tokens}, not to {tokens}."
+                f"a context of {self.tokens} tokens can be cut to 1 to {self.tokens}, not to {tokens!r}."
             )
         return self._cut(tokens)
 
@@ -89,3 +90,11 @@ class Context:
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{self.cached_tokens} cached, {self.blocks} blocks"
         return f"Context({self.tokens} tokens, {state})"
+
+
+def check_context(context: object) -> None:
+    """Refuse what is no context, with a hint for what holds one."""
+    if context is None or isinstance(context, Context):
+        return
+    hint = " Pass its `.context`." if hasattr(context, "context") else ""
+    raise InvalidRequest(f"`context` must be a Context; got {type(context).__name__}.{hint}")

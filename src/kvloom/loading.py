@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from kvloom.decoding.notices import warn
 from kvloom.errors import CorruptCheckpoint, InvalidRequest, ModelNotFound, TokenizerMismatch, UnsupportedModel
 
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.tiktoken", "spiece.model", "sentencepiece*")
@@ -52,9 +53,9 @@ def load_pretrained(
 
 def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
     """A torch dtype from its name; "auto", the checkpoint's, for None."""
-    if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
-        return dtype or "auto"
-    found = getattr(torch, str(dtype), None)
+    if dtype is None or dtype == "auto":
+        return "auto"
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise InvalidRequest(f"`dtype={dtype}` is not a floating-point dtype such as float32 or bfloat16.")
     return found
@@ -74,6 +75,8 @@ def _locate(name: str | os.PathLike[str] | None) -> Path | str:
     """A folder, or a hub id."""
     if name is None:
         return DEMO_MODEL
+    if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
+        raise InvalidRequest(f"a model is named by a folder or a hub id; got {name!r}.")
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -89,18 +92,24 @@ def _check_files(folder: Path) -> None:
     config = folder / "config.json"
     if not config.is_file():
         raise ModelNotFound(f"`{folder}` holds no config.json, so it is not a model folder.")
-    try:
-        fields = json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CorruptCheckpoint(f"`{config}` cannot be read: {_first_line(error)}") from error
-    if not isinstance(fields, dict):
-        raise CorruptCheckpoint(f"`{config}` holds a JSON {type(fields).__name__}, not an object with fields.")
+    for file in (config, folder / "generation_config.json"):
+        if file.is_file():
+            _check_json(file)
     for weights in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(weights, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
             raise CorruptCheckpoint(f"`{weights}` is damaged or incomplete: {_first_line(error)}") from error
+
+
+def _check_json(file: Path) -> None:
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CorruptCheckpoint(f"`{file}` cannot be read: {_first_line(error)}") from error
+    if not isinstance(fields, dict):
+        raise CorruptCheckpoint(f"`{file}` holds a JSON {type(fields).__name__}, not an object with fields.")
 
 
 def _read_config(source: Path | str) -> Any:
@@ -129,6 +138,11 @@ def _read_weights(source: Path | str, config: Any, dtype: torch.dtype | str) -> 
     for name, found, expected in sorted(report["mismatched_keys"]):
         raise CorruptCheckpoint(
             f"`{name}` in the checkpoint `{source}` has the shape {list(found)}, but by its config {list(expected)}."
+        )
+    if unused := sorted(report["unexpected_keys"]):
+        warn(
+            f"the checkpoint `{source}` holds {len(unused)} weights that its config has no place for, "
+            f"`{unused[0]}` first."
         )
     if missing := sorted(report["missing_keys"]):
         raise CorruptCheckpoint(

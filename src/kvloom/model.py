@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from kvloom.calls import Asked, Calls
-from kvloom.context import Context
+from kvloom.context import Context, check_context
 from kvloom.engine import Engine
 from kvloom.errors import CacheMismatch, InvalidRequest, PromptTooLong
 from kvloom.models import Binding
@@ -141,6 +141,7 @@ class LanguageModel:
             prompt: text or token ids.
             context: what the prompt continues; unchanged.
         """
+        check_context(context)
         new_ids = read_prompt(prompt, self.tokenizer, vocab_size=self.vocab_size, continues=context is not None)
         return self._extended(context, new_ids, all_logits=False)[1]
 
@@ -159,6 +160,7 @@ class LanguageModel:
         Raises:
             CacheMismatch: `start` is not the end of the context, or the tokens repeat the whole context.
         """
+        check_context(context)
         new_ids = read_prompt(token_ids, None, vocab_size=self.vocab_size)
         _check_continuation(context, new_ids, start)
         logits, extended = self._extended(context, new_ids, all_logits=True)
@@ -232,7 +234,7 @@ class LanguageModel:
 
 def _check_continuation(context: Context | None, new_ids: list[int], start: int | None) -> None:
     held = 0 if context is None else context.tokens
-    if start is not None and start != held:
+    if start is not None and (isinstance(start, bool) or start != held):
         raise CacheMismatch(
             f"the new tokens must start at position {held}, the end of the context; start={start} was passed. "
             f"Pass only the tokens that the context does not hold: token_ids[{held}:], start={held}."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,8 +47,10 @@ def read_prompt(prompt: Any, tokenizer: Any, *, vocab_size: int, continues: bool
         return _encode(prompt, tokenizer, vocab_size, continues)
     if isinstance(prompt, (Tensor, np.ndarray)):
         return read_token_ids(_flat(prompt), vocab_size)
-    if isinstance(prompt, Sequence):
+    if isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
         return read_token_ids(prompt, vocab_size)
+    if isinstance(prompt, Mapping):
+        raise InvalidRequest("a prompt is text or token ids; of a tokenizer's output pass `.input_ids`.")
     raise InvalidRequest(f"a prompt is text, a list of token ids, or a tensor of them; got {type(prompt).__name__}.")
 
 
@@ -65,7 +67,7 @@ def read_token_ids(token_ids: Sequence[Any], vocab_size: int) -> list[int]:
 
 
 def _is_list_of_prompts(prompt: Any) -> bool:
-    if isinstance(prompt, (str, Tensor, np.ndarray)) or not isinstance(prompt, Sequence):
+    if isinstance(prompt, (str, bytes, bytearray, Tensor, np.ndarray)) or not isinstance(prompt, Sequence):
         return False
     # An empty list is an empty prompt: read_prompt says so.
     return bool(prompt) and not isinstance(prompt[0], (int, float, np.number))

@@ -75,3 +75,8 @@ def decode_new(tokenizer: Any, prompt_ids: Sequence[int], new_ids: Sequence[int]
     """The text of the new tokens of a sequence, exactly as a stream would show it."""
     detokenizer = Detokenizer(tokenizer, prompt_ids)
     return "".join([*map(detokenizer.push, new_ids), detokenizer.finish()])
+
+
+def token_strings(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
+    """The tokens as the vocabulary spells them; "" for ids that it has no word for."""
+    return [token or "" for token in tokenizer.convert_ids_to_tokens(list(token_ids))]

@@ -133,7 +133,7 @@ def in_words_of_the_command(message: str, ctx: click.Context) -> str:
             return f"`{_switch(flags[name], value == 'True')}`"
         return f"`{flags[name]} {value}`"
 
-    message = message.replace("For greedy decoding set `do_sample=False`.", "For greedy decoding leave it away.")
+    message = message.replace("For greedy decoding set `do_sample=False`.", "For greedy decoding leave it out.")
     message = re.sub(r"`(?P<name>\w+)=(?P<value>[^`]+)`", assignment, message)
     message = re.sub(r"\b(?P<name>\w+)=(?P<value>'[^']*'|[\d,]*\d)", assignment, message)
     message = re.sub(r"`(\w+)`", lambda match: f"`{flags.get(match[1], match[1])}`", message)

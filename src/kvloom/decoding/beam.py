@@ -71,7 +71,8 @@ class BeamSearch:
         candidates, stopped = self._candidates(self._scores(logits, raw), generator)
         # Before the first decision all beams are the one row of the prompt.
         parents = candidates.beams if len(self._trace) else torch.zeros_like(candidates.beams)
-        logprobs = raw[parents, candidates.tokens]
+        # A score that is not a number orders nothing: the engine must hear of it.
+        logprobs = raw[parents, candidates.tokens].where(~candidates.scores.isnan(), torch.nan)
         beams, kept = self._next(candidates)
         over = self._over(beams, candidates)
         extras = self._shared.observer.extras(logits, raw)
@@ -92,7 +93,7 @@ class BeamSearch:
         logprobs = logprobs.expand(self._rules.num_beams, -1)
         if self._shared.processors:
             # A processor may write into what it is given.
-            logprobs = self._shared.processors(self._beams.sequences, logprobs.clone())
+            logprobs = self._shared.process(self._beams.sequences, logprobs.clone())
         return logprobs + self._beams.scores[:, None]
 
     def _candidates(self, scores: Tensor, generator: torch.Generator | None) -> tuple[Candidates, Tensor | None]:

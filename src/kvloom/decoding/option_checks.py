@@ -8,7 +8,7 @@ that names the option, what it must be, and what it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -79,6 +79,7 @@ def _ids(value: Any) -> tuple[int, ...]:
 
 
 def _words(value: Any) -> list[list[int]]:
+    _require(all(isinstance(word, Sequence) for word in value))
     words = [list(_ids(word)) for word in value]
     _require(bool(words) and all(words))
     return words

@@ -28,7 +28,7 @@ class Refusal:
 
 
 _ASSISTED = "assisted decoding is not offered"
-_CACHE = "KVLoom keeps its own cache; see `codec`, `retention` and `budget_bytes`"
+_CACHE = "KVLoom keeps its own cache; see `budget_bytes`"
 _MOVED = "transformers has moved this method out of the library"
 _CALL = "it is an argument of transformers' `generate` that has no meaning here"
 

@@ -97,8 +97,7 @@ class GreedyOrSampling:
         if not self._shared.processors:
             return scores
         # A processor may write into the scores; the logits are the engine's.
-        processed: Tensor = self._shared.processors(history.contiguous(), scores.clone())
-        return processed
+        return self._shared.process(history.contiguous(), scores.clone())
 
     def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The token of each row, int64[rows], and whether it was possible at all, bool[rows]."""

@@ -10,6 +10,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 
 from kvloom.decoding.stopping import Stopping
 from kvloom.decoding.trace import Observer
+from kvloom.errors import InvalidRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,21 @@ class Shared:
     device: torch.device
     fill: int
     seed: int | None
+
+    def process(self, sequences: Tensor, scores: Tensor) -> Tensor:
+        """What the processors make of `scores`, float32[rows, vocab], which they may write into.
+
+        Raises:
+            InvalidRequest: a processor returns something else than scores of that shape.
+        """
+        processed = self.processors(sequences, scores)
+        if not isinstance(processed, Tensor) or processed.shape != scores.shape:
+            got = list(processed.shape) if isinstance(processed, Tensor) else type(processed).__name__
+            raise InvalidRequest(
+                f"a logits processor must return scores of the shape that it is given, {list(scores.shape)}; "
+                f"it returned {got}."
+            )
+        return processed
 
 
 def filled(prompt_ids: list[int], generated: list[list[int]], fill: int) -> Tensor:

@@ -7,6 +7,7 @@ raising logits processor, NaN logits) is closed, and the others go on.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
 import time
@@ -88,6 +89,8 @@ class Engine:
                     rows=request.max_rows,
                     context=request.context,
                 )
+                if not self._admission.fits(request.reserved, ()):
+                    self._collect_dropped()
                 self._admission.refuse_unless_possible(request.reserved, request.describe())
             request.id = next(self._ids)
             self._requests.append(request)
@@ -201,6 +204,12 @@ class Engine:
         """The same, unless a user has claimed the tables meanwhile."""
         if not holding.claimed:
             self.release(holding)
+
+    def _collect_dropped(self) -> None:
+        """Release contexts that nobody holds any more but that wait, in reference cycles, for the garbage collector."""
+        gc.collect()
+        while self._dropped:
+            self._holdings.release(self._dropped.popleft())
 
     def _release_dropped(self) -> None:
         # In the middle of our own work the tables are not ours to change: `_working` comes back to it.

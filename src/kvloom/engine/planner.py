@@ -44,10 +44,12 @@ def worst_case_blocks(
 def default_budget_bytes(layout: CacheLayout, *, max_tokens: int | None, device: torch.device) -> int:
     """Eight sequences of the model's whole context, but at most a quarter of the memory that is available.
 
+    Two blocks more for each: one that is rounded up, and one that a candidate of a shared prompt may copy.
+
     On a CPU the operating system hands out the pages of the store as they are first written, so a budget that
     is not used costs nothing.
     """
-    wanted = DEFAULT_SEQUENCES * layout.bytes_per_token * ((max_tokens or DEFAULT_CONTEXT) + layout.block_tokens)
+    wanted = DEFAULT_SEQUENCES * layout.bytes_per_token * ((max_tokens or DEFAULT_CONTEXT) + 2 * layout.block_tokens)
     available = int(DEFAULT_SHARE_OF_MEMORY * available_memory_bytes(device))
     return max(min(wanted, available), layout.bytes_per_row_of_blocks)
 

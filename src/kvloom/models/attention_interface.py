@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvloom.attention import Plan, torch_ops
 from kvloom.cache import LayerShape, Store
-from kvloom.errors import UnsupportedModel
+from kvloom.errors import ModelError, UnsupportedModel
 from kvloom.models.binding import Regime
 from kvloom.models.packed import PackedLinears
 from kvloom.models.probe import PROBE, PROBE_TOKENS, Probe, run_probe
@@ -54,7 +54,11 @@ def _attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query [1, heads, tokens, dim], keys and values rotated already."""
-    assert kvloom is not None, "the probe has seen that the step reaches every layer"
+    if kvloom is None:
+        raise ModelError(
+            "the model was called while KVLoom decodes with it in another thread. Calls of a model that is attached "
+            "must not overlap with decoding: serialise them, or attach a copy."
+        )
     layer = kvloom.layer_of[module]
     plan = kvloom.plan.groups[kvloom.group_of_layer[layer]]
     kvloom.store.write(layer, plan.write_slots, key[0], value[0])
@@ -67,7 +71,8 @@ def _attention(
         softcap=softcap,
         sinks=s_aux,
     )
-    return output[None], None
+    # Some models go on with `view`, which wants what their own attention returns: contiguous.
+    return output[None].contiguous(), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
@@ -88,6 +93,7 @@ class AttentionInterfaceBinding:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self._lock = threading.RLock()
+        self._attached_as = (model.dtype, self.device)
         self.check_ready()
         _refuse_by_config(model)
         self._text_config: Any = model.config.get_text_config(decoder=True)
@@ -114,7 +120,12 @@ class AttentionInterfaceBinding:
         return dtype
 
     def check_ready(self) -> None:
-        """Refuse training mode and gradient checkpointing, under which outputs or caches are not what they seem."""
+        """Refuse training mode, gradient checkpointing, and a model that was moved since it was attached."""
+        if (self.dtype, self.device) != self._attached_as:
+            raise UnsupportedModel(
+                f"the model was attached as {self._attached_as[0]} on {self._attached_as[1]}, and is {self.dtype} on "
+                f"{self.device} now. Attach it again."
+            )
         if any(module.training for module in self.model.modules()):
             raise UnsupportedModel("the model is in training mode, so its output is random. Call model.eval() first.")
         if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):

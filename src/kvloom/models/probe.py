@@ -114,7 +114,7 @@ def _probe_attention(
     )
     kvloom.calls.append(AttentionCall(module, name, shape))
     output = value.mean(dim=(1, 2), keepdim=True).expand(-1, query.shape[2], query.shape[1], -1)
-    return output, None
+    return output.contiguous(), None
 
 
 def _refuse_unknown(name: str, options: dict[str, Any]) -> None:
