@@ -50,7 +50,9 @@ def read_prompt(prompt: Any, tokenizer: Any, *, vocab_size: int, continues: bool
     if isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
         return read_token_ids(prompt, vocab_size)
     if isinstance(prompt, Mapping):
-        raise InvalidRequest("a prompt is text or token ids; of a tokenizer's output pass `.input_ids`.")
+        raise InvalidRequest(
+            f"a prompt is text or token ids; got {type(prompt).__name__}. Of a tokenizer's output pass `.input_ids`."
+        )
     raise InvalidRequest(f"a prompt is text, a list of token ids, or a tensor of them; got {type(prompt).__name__}.")
 
 

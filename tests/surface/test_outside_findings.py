@@ -24,8 +24,7 @@ def lm() -> LanguageModel:
     return kvloom.attach(tiny.tiny_model("llama"))
 
 
-def test_a_temperature_that_sets_in_late_and_counts_rows_is_refused() -> None:
-    # Llama 4 takes it from the row's index, not from the position: harmless below 8,192 tokens, wrong beyond.
+def llama4(**changes: object) -> Llama4ForCausalLM:
     config = Llama4TextConfig(
         vocab_size=120,
         hidden_size=32,
@@ -40,9 +39,19 @@ def test_a_temperature_that_sets_in_late_and_counts_rows_is_refused() -> None:
         attention_chunk_size=64,
         initializer_range=0.3,
         pad_token_id=0,
+        **changes,
     )
+    return Llama4ForCausalLM(config).eval()
+
+
+def test_a_temperature_that_counts_rows_ends_the_context_before_it_changes() -> None:
+    # Llama 4 takes it from the row's index, not from the position: harmless below 8,192 tokens, wrong beyond.
+    assert kvloom.attach(llama4()).max_tokens == 8_191
+
+
+def test_a_temperature_that_counts_rows_and_changes_early_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match="cached output differs"):
-        kvloom.attach(Llama4ForCausalLM(config).eval())
+        kvloom.attach(llama4(floor_scale=64))
 
 
 def test_models_that_view_their_attention_output_are_attached() -> None:

@@ -30,6 +30,9 @@ from kvloom.models.rotary import RotaryRegimes
 
 NAME = "kvloom"
 
+MOST_ROWS = 4_096
+"""More new tokens than a step ever has."""
+
 
 @dataclass(frozen=True)
 class _Step:
@@ -217,9 +220,18 @@ class AttentionInterfaceBinding:
         trained = getattr(self._text_config, "max_position_embeddings", None)
         if trained is None:
             return None
+        # A temperature by row index is right as long as it is that of the first interval, as for every short row.
+        late = [scale for scale in row_scales(self.model) if scale > MOST_ROWS]
+        trained = min([trained, *(scale - 1 for scale in late)])
         parameters = getattr(self._text_config, "rope_parameters", None) or {}
         stretch = parameters.get("factor", 1.0) if "dynamic" in str(parameters.get("rope_type")) else 1.0
         return int(trained * stretch)
+
+
+def row_scales(model: nn.Module) -> list[int]:
+    """Row indices at which an attention layer changes its temperature (Llama 4), which should count positions."""
+    tuned = [module for module in model.modules() if getattr(module, "attn_temperature_tuning", False)]
+    return [int(getattr(module, "floor_scale", 0)) for module in tuned]
 
 
 def _refuse_by_config(model: PreTrainedModel) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from kvloom.attention import build_plan
 from kvloom.cache import CachedSequence, CacheLayout, KVCache
 from kvloom.errors import AttachMismatch, UnsupportedModel
-from kvloom.models.attention_interface import AttentionInterfaceBinding
+from kvloom.models.attention_interface import MOST_ROWS, AttentionInterfaceBinding, row_scales
 from kvloom.models.binding import Regime
 
 # Largest relative error of a row, by dtype. A model that is attached wrongly misses by some 10 to 100 per cent.
@@ -53,7 +53,8 @@ def prove(binding: AttentionInterfaceBinding) -> float:
     if tokens < 12:
         raise UnsupportedModel(f"the model's context of {binding.max_tokens} tokens is too short to be checked.")
     subject = binding
-    if any(_limit(call.shape.reach) > tokens // 2 for call in binding.calls) or _late_scales(binding.model):
+    early_scales = [scale for scale in row_scales(binding.model) if scale <= MOST_ROWS]
+    if any(_limit(call.shape.reach) > tokens // 2 for call in binding.calls) or early_scales:
         subject = _with_small_windows(binding)
     sequences = _random_sequences(subject.vocab_size, tokens)
     regime = subject.regime(tokens)
@@ -219,11 +220,6 @@ def _limit(reach: Any) -> int:
     return int(reach.window_tokens or reach.chunk_tokens or 0)
 
 
-def _late_scales(model: nn.Module) -> list[nn.Module]:
-    """Attention modules whose temperature changes at a position that the check does not reach (Llama 4)."""
-    return [module for module in model.modules() if getattr(module, "attn_temperature_tuning", False)]
-
-
 def _with_small_windows(binding: AttentionInterfaceBinding) -> AttentionInterfaceBinding:
     """The same weights under a config and modules whose windows or chunks are `SMALL_WINDOW` tokens."""
     model = binding.model
@@ -242,8 +238,9 @@ def _with_small_windows(binding: AttentionInterfaceBinding) -> AttentionInterfac
         for attribute in ("sliding_window", "attention_chunk_size", "window_size"):
             if getattr(holder, attribute, None) in large:
                 setattr(holder, attribute, SMALL_WINDOW)
-    for module in _late_scales(twin):
-        module.floor_scale = SMALL_WINDOW  # type: ignore[assignment]
+    for module in twin.modules():
+        if getattr(module, "attn_temperature_tuning", False) and int(getattr(module, "floor_scale", 0)) <= MOST_ROWS:
+            module.floor_scale = SMALL_WINDOW
     small = AttentionInterfaceBinding(twin)
     if any(_limit(call.shape.reach) > SMALL_WINDOW for call in small.calls):
         raise UnsupportedModel(
