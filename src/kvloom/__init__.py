@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from kvloom.context import Context
     from kvloom.engine import Usage
     from kvloom.model import LanguageModel
+    from kvloom.planning import MemoryPlan, plan
     from kvloom.results import Extended, Generation, Hypotheses, Piece
+    from kvloom.scoring import Score, Scores
     from kvloom.stream import Stream
     from kvloom.verify import Report
 
@@ -44,8 +46,11 @@ __all__ = [
     "InvalidRequest",
     "KVLoomError",
     "LanguageModel",
+    "MemoryPlan",
     "Piece",
     "Report",
+    "Score",
+    "Scores",
     "Stream",
     "UnsupportedModel",
     "Usage",
@@ -53,6 +58,7 @@ __all__ = [
     "attach",
     "errors",
     "load",
+    "plan",
 ]
 
 # What needs torch and transformers is imported when it is first asked for, so that `kvloom --help` and a
@@ -63,12 +69,16 @@ _LATE = {
     "Generation": "results",
     "Hypotheses": "results",
     "LanguageModel": "model",
+    "MemoryPlan": "planning",
     "Piece": "results",
     "Report": "verify",
+    "Score": "scoring",
+    "Scores": "scoring",
     "Stream": "stream",
     "Usage": "engine",
     "attach": "attaching",
     "load": "attaching",
+    "plan": "planning",
 }
 
 

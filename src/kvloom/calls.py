@@ -74,7 +74,7 @@ class Calls:
 
     def _request(self, prompt_ids: list[int], options: Options, asked: Asked) -> Request:
         new_tokens = options.lengths(len(prompt_ids)).new_tokens
-        self._check_length(len(prompt_ids), new_tokens)
+        check_length(self._engine.binding.max_tokens, len(prompt_ids), new_tokens)
         decoder = make_decoder(
             options,
             prompt_ids,
@@ -93,20 +93,6 @@ class Calls:
             context=None if asked.context is None else asked.context.tables_for(self._engine),
             context_owner=asked.context,
             keep_tables=options.num_beams == 1,
-        )
-
-    def _check_length(self, prompt_tokens: int, new_tokens: int) -> None:
-        limit = self._engine.binding.max_tokens
-        if limit is None or prompt_tokens + new_tokens <= limit:
-            return
-        if prompt_tokens >= limit:
-            raise PromptTooLong(
-                f"the prompt has {prompt_tokens:,} tokens; the model's context of {limit:,} leaves no room for a "
-                "new one. Shorten the prompt."
-            )
-        raise PromptTooLong(
-            f"{prompt_tokens:,} prompt tokens and {new_tokens:,} new ones exceed the model's context of {limit:,}. "
-            f"Lower max_new_tokens to {limit - prompt_tokens:,}, or shorten the prompt."
         )
 
     def submit(self, requests: list[Request]) -> None:
@@ -151,3 +137,18 @@ class Calls:
             # A context that was asked for keeps the tables itself.
             result.when_dropped(self._engine.release_unclaimed, holding)
         return result
+
+
+def check_length(limit: int | None, prompt_tokens: int, new_tokens: int) -> None:
+    """Raise `PromptTooLong` unless both fit the model's context of `limit` tokens."""
+    if limit is None or prompt_tokens + new_tokens <= limit:
+        return
+    if prompt_tokens >= limit:
+        raise PromptTooLong(
+            f"the prompt has {prompt_tokens:,} tokens; the model's context of {limit:,} leaves no room for a "
+            "new one. Shorten the prompt."
+        )
+    raise PromptTooLong(
+        f"{prompt_tokens:,} prompt tokens and {new_tokens:,} new ones exceed the model's context of {limit:,}. "
+        f"Lower max_new_tokens to {limit - prompt_tokens:,}, or shorten the prompt."
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Sequence
 
@@ -62,6 +63,19 @@ class Context:
                 f"a context of {self.tokens} tokens can be cut to 1 to {self.tokens}, not to {tokens!r}."
             )
         return self._cut(tokens)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the context into a file, for `LanguageModel.restore`, in this process or another.
+
+        The file holds what the cache holds: tokens whose keys and values were never computed (`cached_tokens` says
+        how many were) are computed when they are needed. If the cache holds nothing of the context any more, it is
+        computed before it is written. A file that is there already is replaced once the new one is complete.
+
+        Raises:
+            InvalidRequest: there is no such folder, or the model keeps no keys and values (a callable).
+            ContextClosed: the context was closed. An `OSError` (no space, no permission) passes through.
+        """
+        self._engine.save(self.token_ids, self.tables_for(self._engine), path)
 
     def close(self) -> None:
         """Free the blocks now. The context cannot be used afterwards."""

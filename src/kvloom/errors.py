@@ -12,7 +12,11 @@
     ├── CacheError (RuntimeError)
     │   ├── CacheFull                    the pool cannot hold the request
     │   ├── CacheMismatch (ValueError)   `start` is not the length of the context
-    │   └── ContextClosed                the context was closed, or belongs to another model
+    │   ├── ContextClosed                the context was closed, or belongs to another model
+    │   └── SnapshotError                a snapshot cannot be restored
+    │       ├── SnapshotNotFound         no such file
+    │       ├── SnapshotMismatch         another model, dtype or codec made it; names which
+    │       └── CorruptSnapshot          no snapshot, or one that is damaged or incomplete
     ├── ModelError (RuntimeError)
     │   ├── ModelNotFound                no such folder or hub id
     │   ├── CorruptCheckpoint            weights or config cannot be read
@@ -80,6 +84,22 @@ class CacheMismatch(CacheError, ValueError):
 
 class ContextClosed(CacheError):
     """A context was used after `close()`, or with a model that did not make it."""
+
+
+class SnapshotError(CacheError):
+    """A snapshot cannot be restored; nothing is held for it."""
+
+
+class SnapshotNotFound(SnapshotError):
+    """No file at that path."""
+
+
+class SnapshotMismatch(SnapshotError):
+    """The snapshot is whole, but not of this model, dtype or codec."""
+
+
+class CorruptSnapshot(SnapshotError):
+    """The file is no snapshot, or it is damaged or incomplete."""
 
 
 class ModelError(KVLoomError, RuntimeError):

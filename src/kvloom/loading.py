@@ -25,6 +25,8 @@ from kvloom.errors import CorruptCheckpoint, InvalidRequest, ModelNotFound, Toke
 
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.tiktoken", "spiece.model", "sentencepiece*")
 
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 
 
@@ -49,6 +51,31 @@ def load_pretrained(
     if tokenizer is not None:
         check_tokenizer(tokenizer, _embedding_rows(model))
     return model, tokenizer
+
+
+def load_config(name: str | os.PathLike[str] | None) -> tuple[Any, torch.dtype]:
+    """A checkpoint's config, and the dtype that it loads in by default. Weights are not read.
+
+    Raises:
+        ModelNotFound, CorruptCheckpoint, UnsupportedModel.
+    """
+    source = _locate(name)
+    if isinstance(source, Path):
+        _check_files(source)
+    config = _read_config(source)
+    dtype = getattr(config, "dtype", None) or _dtype_of_weights(source)
+    return config, dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def _dtype_of_weights(source: Path | str) -> torch.dtype | None:
+    """Where a config names no dtype, the first weight's decides; None if there are no weights to look at."""
+    for weights in sorted(source.glob("*.safetensors")) if isinstance(source, Path) else ():
+        with safe_open(weights, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118  (not a dict)
+                name = str(file.get_slice(key).get_dtype())
+                if name in SAFETENSORS_DTYPES:
+                    return SAFETENSORS_DTYPES[name]
+    return None
 
 
 def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:

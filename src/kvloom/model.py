@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,8 +15,10 @@ from kvloom.context import Context, check_context
 from kvloom.engine import Engine
 from kvloom.errors import CacheMismatch, InvalidRequest, PromptTooLong
 from kvloom.models import Binding
+from kvloom.planning import MemoryPlan, plan_for
 from kvloom.prompts import read_prompt
 from kvloom.results import Extended
+from kvloom.scoring import Normalize, Scores, score
 from kvloom.stream import Stream
 from kvloom.verify import Report
 from kvloom.verify import verify as run_checks
@@ -165,6 +168,94 @@ class LanguageModel:
         _check_continuation(context, new_ids, start)
         logits, extended = self._extended(context, new_ids, all_logits=True)
         return Extended(logits, extended)
+
+    def restore(self, path: str | os.PathLike[str]) -> Context:
+        """The context that `Context.save` wrote: the same tokens, keys and values, in blocks of this model's cache.
+
+        It continues exactly as the saved one would have, and its full blocks are found by later prompts that begin
+        alike. Block size and budget may differ from those it was saved under.
+
+        Raises:
+            SnapshotNotFound, SnapshotMismatch, CorruptSnapshot: no such file; made by another model (config, weights
+                or adapters), dtype or codec; damaged or incomplete.
+            CacheFull: the context does not fit; nothing was loaded.
+        """
+        token_ids, holding = self.engine.restore(path)
+        return Context(self.engine, token_ids, holding)
+
+    def score(
+        self,
+        continuations: Any,
+        *,
+        prompt: Any = None,
+        context: Context | None = None,
+        normalize: Normalize = "none",
+        use_cache: bool = True,
+    ) -> Scores:
+        """Log-probabilities of continuations of one prompt: labels, answer candidates, whole completions.
+
+        All continuations run in one forward pass behind the prompt, which is computed once, or not at all where the
+        cache holds it (in passes of 512 tokens if they are longer together). A continuation of one token costs
+        nothing more.
+
+        Args:
+            continuations: a list; each is text, or token ids (a list, or a tensor of shape [n] or [1, n]), with or
+                without an EOS token at the end. Text is tokenized as it stands behind the prompt, so it mostly begins
+                with a space. None may be empty.
+            prompt: text or token ids; may be left out if there is a context.
+            context: what the prompt continues; unchanged.
+            normalize: what `Score.score` is: "none", the sum of log-probabilities; "tokens" or "bytes", the same
+                divided by the number of tokens, or of bytes of UTF-8.
+            use_cache: False computes each continuation by the model's own forward over the whole sequence.
+
+        Returns:
+            `Scores`: a list with a `Score` for each continuation, in the order passed, and what it cost in `usage`.
+
+        Raises:
+            InvalidRequest: before anything is computed; also for text that the tokenizer would merge with the end of
+                the prompt, so that no token begins where the continuation does.
+            CacheFull: prompt and continuations do not fit the cache together; nothing was computed.
+
+        Example::
+
+            scores = lm.score([" yes", " no"], prompt="Is water wet? Answer:")
+            best = max(scores, key=lambda own: own.score)
+        """
+        return score(
+            self.engine,
+            self.tokenizer,
+            continuations,
+            prompt=prompt,
+            context=context,
+            normalize=normalize,
+            use_cache=use_cache,
+        )
+
+    def plan(self, **options: Any) -> MemoryPlan:
+        """How much memory a batch of requests takes on this model, before anything is computed for it.
+
+        Args:
+            prompt_tokens: length of each prompt; by default 4,096, or what the model's context leaves.
+            max_new_tokens: new tokens of each sequence; by default 256, or what the context leaves. 0 plans a context.
+            num_beams: sequences that share each prompt in a beam search; by default 1.
+            num_return_sequences: of the beams; without beams, samples that share each prompt. By default 1.
+            batch: prompts in one call, each counted as if it shared nothing with the others; by default 1.
+            block_tokens, budget_bytes: by default those of this model's cache.
+
+        Returns:
+            a `MemoryPlan`: exact bytes of weights and cache, an estimate of what a process takes besides, and what
+            fits the budget. `kvloom.plan` makes the same for a model that is not loaded.
+
+        Raises:
+            InvalidRequest: counts, lengths or options that make no sense, or a model that keeps no cache.
+            CacheFull: the budget is below one block.
+
+        Example::
+
+            plan = lm.plan(prompt_tokens=1024, num_beams=8)
+            plan.cache_bytes, plan.fits, plan.longest_prompt
+        """
+        return plan_for(self.engine, options)
 
     def verify(
         self,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 INCOMPLETE = "\ufffd"
@@ -10,6 +11,10 @@ INCOMPLETE = "\ufffd"
 
 PROMPT_TAIL_TOKENS = 8
 """Enough of the prompt for a tokenizer to see whether the first new word follows a space."""
+
+
+SEAM_TOKENS = 32
+"""How much of a prompt is looked at to see whether a continuation merges with its end."""
 
 
 def encode_start(tokenizer: Any, text: str) -> list[int]:
@@ -30,6 +35,45 @@ def encode_continuation(tokenizer: Any, text: str) -> list[int]:
     if before and anchored[: len(before)] == before and anchored[len(before) :] != plain:
         return anchored[len(before) :]
     return plain
+
+
+@dataclass(frozen=True)
+class Seam:
+    """The end of a prompt, as text that the tokenizer turns into exactly the prompt's last tokens.
+
+    Behind it a continuation can be tokenized as it stands in the whole text, and merges across the seam show.
+    """
+
+    tokenizer: Any
+    text: str
+    token_ids: list[int]
+    encode: Callable[[Any, str], list[int]]
+
+    @classmethod
+    def behind(cls, tokenizer: Any, token_ids: Sequence[int]) -> Seam | None:
+        """The longest such end of at most 32 tokens; None if there is none, as with prompts no tokenizer writes."""
+        known = list(token_ids[-SEAM_TOKENS:])
+        if len(known) == len(token_ids) and known[-1] not in tokenizer.all_special_ids:
+            text = _decode(tokenizer, known, skip_special_tokens=True)
+            if encode_start(tokenizer, text) == known:
+                return cls(tokenizer, text, known, encode_start)
+        for start in range(1, len(known)):
+            # With the token before it, since a first word may lose its space.
+            before, whole = (_decode(tokenizer, known[start - 1 : end]) for end in (start, None))
+            text, tail = whole.removeprefix(before), known[start:]
+            if whole.startswith(before) and encode_continuation(tokenizer, text) == tail:
+                return cls(tokenizer, text, tail, encode_continuation)
+        return None
+
+    def encode_behind(self, text: str) -> list[int] | None:
+        """Token ids of `text` behind the prompt; None if the tokenizer merges it with the prompt's last tokens."""
+        whole = self.encode(self.tokenizer, self.text + text)
+        length = len(self.token_ids)
+        return whole[length:] if whole[:length] == self.token_ids else None
+
+
+def _decode(tokenizer: Any, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
+    return str(tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False))
 
 
 class Detokenizer:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -67,6 +70,19 @@ def test_a_loaded_model_keeps_one_copy_of_its_weights(tmp_path) -> None:
     assert (
         lm.generate([5, 6, 7], max_new_tokens=8).token_ids == attached.generate([5, 6, 7], max_new_tokens=8).token_ids
     )
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="resident pages are read from /proc")
+def test_pages_of_plain_weights_that_were_given_up_leave_memory(tmp_path: Path) -> None:
+    model(torch.bfloat16).save_pretrained(tmp_path)
+    lm = kvloom.load(tmp_path)
+    file = str(tmp_path / "model.safetensors")
+    blocks = re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
+    resident = sum(int(re.search(r"Rss: +(\d+)", block)[1]) * 1024 for block in blocks if file in block)
+    kept = sum(own.nbytes for own in lm.binding.model.parameters() if own.device.type != "meta")
+    given_up = lm.binding.packed.packed_bytes
+    # A page at both ends of each weight may be shared with what is kept.
+    assert resident < kept + given_up / 4
 
 
 def test_layers_that_are_not_plain_linear_are_left_alone() -> None:

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import tempfile
 from dataclasses import dataclass
+from typing import Any
+from unittest import mock
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 from kvloom.blocks import PoolExhausted
 from kvloom.blocks.table import COUNT, FIRST, Table
 from kvloom.cache import CachedSequence, CacheLayout, Extension, KVCache, LayerShape, Reach
+from kvloom.cache.snapshot import Origin, open_snapshot, write_snapshot
 
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=9)
+ORIGIN = Origin(model="numbers", fingerprint="0", dtype="float32")
 EXTRA_KEYS = st.sampled_from([b"", b"other weights"])
 REACHES = st.one_of(
     st.integers(1, 9).map(lambda tokens: Reach(window_tokens=tokens)),
@@ -158,6 +163,31 @@ class CacheMachine(RuleBasedStateMachine):
         cached = self.cache.fork(sequence.cached)
         self.live.append(child := Sequence(cached, sequence.extra_key, list(sequence.history)))
         return child
+
+    @rule(target=sequences, sequence=sequences)
+    def save_and_restore(self, sequence: Sequence) -> Any:
+        """Into a file and back, beside what is there; the invariants look at what was read."""
+        if not sequence.history:
+            return multiple()
+        free_or_idle, before = self.cache.available_blocks, self.snapshot()
+        with tempfile.TemporaryDirectory() as folder, mock.patch("os.fsync"):
+            path = f"{folder}/a.kv"
+            write_snapshot(
+                path, self.cache, sequence.cached, token_ids=[*sequence.history, 7], regime=(3,), origin=ORIGIN
+            )
+            with open_snapshot(path) as file:
+                assert (file.origin, file.regime, file.token_ids) == (ORIGIN, (3,), [*sequence.history, 7])
+                try:
+                    cached, slots = self.cache.place(file.positions(self.cache.layout), tokens=file.tokens)
+                except PoolExhausted:
+                    assert max(len(table.runs) for table in sequence.cached.tables) > free_or_idle
+                    assert self.snapshot() == before
+                    return multiple()
+                file.load(self.cache, slots)
+        for table, original in zip(cached.tables, sequence.cached.tables, strict=True):
+            assert table.runs[:, 1:].tolist() == original.runs[:, 1:].tolist(), "the same runs, in other blocks"
+        self.live.append(copy := Sequence(cached, sequence.extra_key, list(sequence.history)))
+        return copy
 
     @rule(sequence=sequences, data=st.data())
     def truncate(self, sequence: Sequence, data: st.DataObject) -> None:
@@ -311,3 +341,18 @@ def test_the_distinct_blocks_of_forks_are_counted_once() -> None:
     assert cache.blocks_held([parent, child]) == (4, 4)
     assert cache.blocks_held([]) == (0, 0)
     assert cache.bytes_of((1, 1)) == cache.layout.bytes_per_row_of_blocks
+
+
+def test_placed_tokens_lie_in_their_blocks_where_appended_ones_would() -> None:
+    cache = cache_of(Reach(window_tokens=6), block_tokens=4, blocks=8)
+    positions = np.array([0, 1, 2, 3, 4, 5, 6]), np.array([1, 2, 3, 4, 6])  # the second with a gap
+    sequence, slots = cache.place(positions, tokens=7)
+    full, gaps = (table.runs[:, 1:].tolist() for table in sequence.tables)
+    assert full == [[0, 4, 0], [0, 3, 4]]
+    assert gaps == [[1, 3, 1], [0, 1, 4], [2, 1, 6]]
+    assert [sorted(own) for own in slots] == [own.tolist() for own in slots], "each slot once, in token order"
+    assert [table.slots().tolist() for table in sequence.tables] == [own.tolist() for own in slots]
+    run(cache, (sequence, 2))
+    assert sequence.tables[0].runs[:, 1:].tolist() == [[0, 4, 0], [0, 4, 4], [0, 1, 8]]
+    cache.close(sequence)
+    assert [group.pool.free for group in cache.groups] == [8, 8]

@@ -27,6 +27,9 @@ Rows = npt.NDArray[np.int64]
 MIN_SHARED_TOKENS = 64
 MIN_VIEW_TOKENS = 128
 
+MAX_GATHERED_ROWS = 32
+"""New tokens of a sequence up to which it is gathered with others; the mask grows with the square."""
+
 
 @dataclass(frozen=True)
 class Span:
@@ -138,6 +141,22 @@ def build_plan(
     return Plan(_tensor(positions, device), _tensor(np.concatenate(wanted), device), tuple(groups))
 
 
+@dataclass(frozen=True)
+class _Reader:
+    """Rows of one sequence and the runs that all of them read.
+
+    Attributes:
+        rows: int64[count], its rows of the ragged row.
+        past: the runs from the first position that the first row sees.
+        own: of several new tokens the runs of these, each of which sees itself and those before; they are not in
+            `past`. None for a single new token, whose run is.
+    """
+
+    rows: Rows
+    past: Runs
+    own: Runs | None
+
+
 class _SpanBuilder:
     """Turns the sources of one layer group into spans."""
 
@@ -147,25 +166,32 @@ class _SpanBuilder:
         self._device = device
 
     def build(self, sources: Sequence[Source]) -> tuple[Span, ...]:
-        single = [source for source in sources if source.count == 1]
-        spans = [span for source in sources if source.count > 1 for span in self._prompt_spans(source)]
-        spans += self._decode_spans(single)
-        return tuple(spans)
+        spans: list[Span] = []
+        readers = []
+        for source in sources:
+            reader = self._reader(source)
+            if reader.own is not None and self._hides(source, reader.past):
+                runs = np.concatenate([reader.past, reader.own])
+                spans.append(self._span(reader.rows[None], self._read(runs), self._window_mask(source, runs)))
+            else:
+                readers.append(reader)
+        private: list[_Reader] = []
+        self._share(readers, spans, private)
+        chunks = [reader for reader in private if reader.own is not None]
+        return (*spans, *self._chunk_spans(chunks), *self._decode_spans([r for r in private if r.own is None]))
 
-    # Several new tokens of one sequence: what was there before, and the new tokens among themselves.
-
-    def _prompt_spans(self, source: Source) -> list[Span]:
-        rows = np.arange(source.first_row, source.first_row + source.count)[None]
-        start = int(self._reach.first_visible(np.array([source.first_position]))[0])
-        runs = _from_position(source.runs, start)
+    def _reader(self, source: Source) -> _Reader:
+        rows = np.arange(source.first_row, source.first_row + source.count)
+        runs = _from_position(source.runs, int(self._reach.first_visible(np.array([source.first_position]))[0]))
+        if source.count == 1:
+            return _Reader(rows, runs, None)  # it sees all of it, itself included
         past = _before_position(runs, source.first_position)
-        if not self._reach.unlimited and self._limits(source, past):
-            return [self._span(rows, self._read(runs), self._window_mask(source, runs))]
-        own = self._span(rows, self._read(_from_position(runs, source.first_position)), "causal")
-        return [self._span(rows, self._read(past)), own] if len(past) else [own]
+        return _Reader(rows, past, _from_position(runs, source.first_position))
 
-    def _limits(self, source: Source, past: Runs) -> bool:
+    def _hides(self, source: Source, past: Runs) -> bool:
         """Whether the reach hides anything from any of the new tokens that its first one sees."""
+        if self._reach.unlimited:
+            return False
         last = np.array([source.first_position + source.count - 1])
         lowest = int(past[0, FIRST]) if len(past) else source.first_position
         return int(self._reach.first_visible(last)[0]) > lowest
@@ -177,44 +203,70 @@ class _SpanBuilder:
         seen = (keys <= queries[:, None]) & (keys >= self._reach.first_visible(queries)[:, None])
         return _additive(seen[None], self._device)
 
-    # One new token a sequence: prefixes that several sequences share are read once for all of them.
+    # What several sequences have in common is read once for all of them.
 
-    def _decode_spans(self, sources: Sequence[Source]) -> list[Span]:
-        if not sources:
-            return []
-        starts = self._reach.first_visible(np.array([source.first_position for source in sources]))
-        runs = [_from_position(s.runs, int(start))[:, :FIRST] for s, start in zip(sources, starts, strict=True)]
-        rows = np.array([source.first_row for source in sources])
+    def _share(self, readers: list[_Reader], spans: list[Span], private: list[_Reader]) -> None:
+        """Split off what `readers` have in common, then go on with each set of them that continues alike."""
+        private += [reader for reader in readers if not len(reader.past)]
+        readers = [reader for reader in readers if len(reader.past)]
+        for members in _alike_first_run([reader.past[:, :FIRST] for reader in readers]):
+            group = [readers[member] for member in members]
+            common = _common_runs([reader.past[:, :FIRST] for reader in group])
+            if len(group) == 1 or int(group[0].past[:common, COUNT].sum()) < MIN_SHARED_TOKENS:
+                private += group
+                continue
+            rows = np.concatenate([reader.rows for reader in group])
+            spans.append(self._span(rows[None], self._read(group[0].past[:common])))
+            rest = [_Reader(reader.rows, reader.past[common:], reader.own) for reader in group]
+            self._share([reader for reader in rest if reader.own is not None or len(reader.past)], spans, private)
+
+    # Several new tokens of one sequence: what was there before, and the new tokens among themselves.
+
+    def _chunk_spans(self, chunks: list[_Reader]) -> list[Span]:
         spans: list[Span] = []
-        private: list[tuple[int, Runs]] = []
-        self._share(rows, runs, spans, private)
-        return spans + self._private_spans(private)
+        short: dict[int, list[_Reader]] = {}
+        for chunk in chunks:
+            if len(chunk.rows) <= MAX_GATHERED_ROWS and int(chunk.past[:, COUNT].sum()) < MIN_VIEW_TOKENS:
+                short.setdefault(len(chunk.rows), []).append(chunk)
+            else:
+                spans += self._apart(chunk)
+        for alike in short.values():
+            spans += self._apart(alike[0]) if len(alike) == 1 else [self._gathered_span(alike)]
+        return spans
 
-    def _share(self, rows: Rows, runs: list[Runs], spans: list[Span], private: list[tuple[int, Runs]]) -> None:
-        """Split off what `rows` have in common, then go on with each set of rows that continues alike."""
-        for members in _alike_first_run(runs):
-            if len(members) == 1:
-                private.append((int(rows[members[0]]), runs[members[0]]))
-                continue
-            group = [runs[m] for m in members]
-            common = _common_runs(group)
-            if int(group[0][:common, COUNT].sum()) < MIN_SHARED_TOKENS:
-                private.extend((int(rows[m]), runs[m]) for m in members)
-                continue
-            spans.append(self._span(rows[members][None], self._read(group[0][:common])))
-            rest = [(m, runs[m][common:]) for m in members if len(runs[m]) > common]
-            if rest:
-                self._share(rows[[m for m, _ in rest]], [r for _, r in rest], spans, private)
+    def _apart(self, chunk: _Reader) -> list[Span]:
+        """A chunk's past, without a mask, and the chunk itself."""
+        assert chunk.own is not None, "a chunk has several new tokens"
+        own = self._span(chunk.rows[None], self._read(chunk.own), "causal")
+        return [self._span(chunk.rows[None], self._read(chunk.past)), own] if len(chunk.past) else [own]
 
-    def _private_spans(self, private: list[tuple[int, Runs]]) -> list[Span]:
-        """Long contiguous stretches become views; the remains of all rows are gathered together."""
+    def _gathered_span(self, chunks: list[_Reader]) -> Span:
+        """One span over short chunks of as many tokens each: what is left of their pasts, and themselves."""
+        slots = [self._slots(chunk) for chunk in chunks]
+        lengths = np.array([len(own) for own in slots])
+        count = len(chunks[0].rows)
+        # Query i of a chunk sees all but the last count - 1 - i of its keys. A padded slot is one that is seen.
+        seen = lengths[:, None] - np.arange(count - 1, -1, -1)
+        mask = np.arange(lengths.max()) < seen[:, :, None]
+        padded = np.stack([np.pad(own, (0, lengths.max() - len(own)), mode="edge") for own in slots])
+        rows = np.stack([chunk.rows for chunk in chunks])
+        return self._span(rows, _tensor(padded, self._device), _additive(mask, self._device))
+
+    def _slots(self, chunk: _Reader) -> Rows:
+        assert chunk.own is not None, "a chunk has several new tokens"
+        return expand_runs(np.concatenate([chunk.past, chunk.own]), self._block_tokens)
+
+    # One new token a sequence: long contiguous stretches become views; the remains of all are gathered together.
+
+    def _decode_spans(self, readers: list[_Reader]) -> list[Span]:
         spans: list[Span] = []
         remains: list[tuple[int, Rows]] = []
-        for row, runs in private:
+        for reader in readers:
+            row = int(reader.rows[0])
             short = []
-            extents = _extents(runs, self._block_tokens)
+            extents = _extents(reader.past, self._block_tokens)
             for first, end in extents:
-                if end - first >= MIN_VIEW_TOKENS or len(private) == len(extents) == 1:
+                if end - first >= MIN_VIEW_TOKENS or len(readers) == len(extents) == 1:
                     spans.append(self._span(np.array([[row]]), slice(first, end)))
                 else:
                     short.append(np.arange(first, end))

@@ -85,6 +85,12 @@ class Table:
         """int64[held], the slot of each token held, in token order."""
         return expand_runs(self.runs, self._block_tokens)
 
+    def positions(self) -> Slots:
+        """int64[held], the logical position of each token held, in token order."""
+        counts = self.runs[:, COUNT].astype(np.int64)
+        before = np.cumsum(counts) - counts
+        return np.repeat(self.runs[:, FIRST] - before, counts) + np.arange(int(counts.sum()), dtype=np.int64)
+
     def blocks_for(self, count: int) -> int:
         """How many blocks `append(count)` would take from the pool, a copy-on-write included."""
         room = self._room()
@@ -133,6 +139,30 @@ class Table:
         self.runs[:, COUNT] = self._block_tokens
         self.runs[:, FIRST] = first + self._block_tokens * np.arange(len(blocks))
         self._position = first + self._block_tokens * len(blocks)
+
+    def place(self, positions: Slots, *, end: int) -> Slots:
+        """Start an empty table with room for the tokens at `positions`, in new blocks.
+
+        A token's offset in its block is what it would be had every token been appended from position 0 on, so full
+        blocks can be found by their prefix.
+
+        Args:
+            positions: int64[tokens], ascending, with gaps where tokens are not held.
+            end: the position of the next token to be appended.
+
+        Returns:
+            int64[tokens], the slots. Raises `PoolExhausted`, with nothing changed, if there are too few free blocks.
+        """
+        assert not self._count and (not len(positions) or positions[-1] < end), "only an empty table can be placed"
+        firsts, counts = pieces(positions, self._block_tokens)
+        blocks = self._pool.allocate(len(firsts))
+        self._reserve(len(blocks))
+        self._count, self._position = len(blocks), end
+        self.runs[:, BLOCK] = blocks
+        self.runs[:, OFFSET] = firsts % self._block_tokens
+        self.runs[:, COUNT] = counts
+        self.runs[:, FIRST] = firsts
+        return self.slots()
 
     def fork(self) -> Table:
         """A new table with the same runs. No tensor moves; the cost is one vectorised increment."""
@@ -221,6 +251,15 @@ class Table:
 def blocks_of(tokens: int, block_tokens: int) -> int:
     """Blocks that `tokens` consecutive tokens fill, the last one perhaps in part."""
     return -(-tokens // block_tokens)
+
+
+def pieces(positions: Slots, block_tokens: int) -> tuple[Slots, Slots]:
+    """int64[runs] twice: first position and length of the runs that hold ascending `positions`, a block each."""
+    if not len(positions):
+        return positions, positions
+    breaks = np.flatnonzero((np.diff(positions) != 1) | (positions[1:] % block_tokens == 0)) + 1
+    starts = np.concatenate([[0], breaks])
+    return positions[starts], np.diff(np.concatenate([starts, [len(positions)]]))
 
 
 def expand_runs(runs: npt.NDArray[np.int32], block_tokens: int) -> Slots:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from kvloom.blocks import Append, BlockPool, PoolExhausted, PrefixIndex, PrefixMatch, Table, chain_digests
-from kvloom.blocks.table import Slots
+from kvloom.blocks.table import Slots, pieces
 from kvloom.cache.layout import CacheLayout, LayerGroup
 from kvloom.cache.store import Store
 from kvloom.errors import CacheFull
@@ -170,6 +170,25 @@ class KVCache:
             for block, _, count, first in table.runs.tolist():
                 if count == size and first % size == 0 and first // size < len(digests):
                     group.index.insert(digests[first // size], block, depth=first // size)
+
+    def place(self, positions: Sequence[Slots], *, tokens: int) -> tuple[CachedSequence, tuple[Slots, ...]]:
+        """A sequence of `tokens` tokens, of which each group holds those at its `positions`, in blocks of its own.
+
+        Returns:
+            the sequence, and for each group the int64 slots, which are still to be written.
+
+        Raises `PoolExhausted`, with nothing changed, if the blocks do not suffice; idle ones are reclaimed.
+        """
+        sequence = CachedSequence([Table(group.pool, self.layout.block_tokens) for group in self.groups])
+        try:
+            slots = []
+            for table, group, own in zip(sequence.tables, self.groups, positions, strict=True):
+                group.ensure_free(len(pieces(own, self.layout.block_tokens)[0]))
+                slots.append(table.place(own, end=tokens))
+        except BaseException:
+            self.close(sequence)
+            raise
+        return sequence, tuple(slots)
 
     def fork(self, sequence: CachedSequence) -> CachedSequence:
         """A sequence with the same past; every block is shared until one of the two writes."""

@@ -10,6 +10,8 @@ import click
 from kvloom import __version__
 from kvloom.cli.generate import generate
 from kvloom.cli.group import Loom
+from kvloom.cli.plan import plan
+from kvloom.cli.score import score
 from kvloom.cli.verify import verify
 
 __all__ = ["kvloom", "main"]
@@ -23,6 +25,7 @@ def kvloom() -> None:
     \b
     kvloom generate "Once upon a time"
     kvloom generate "Once upon a time" --num-beams 4 --num-return-sequences 2
+    kvloom plan Qwen/Qwen2.5-0.5B-Instruct --num-beams 8
     kvloom verify --model Qwen/Qwen2.5-0.5B-Instruct
 
     Exit status: 0 on success, 1 if `verify` finds a difference, 2 for wrong use, 130 after Ctrl-C.
@@ -30,6 +33,8 @@ def kvloom() -> None:
 
 
 kvloom.add_command(generate)
+kvloom.add_command(plan)
+kvloom.add_command(score)
 kvloom.add_command(verify)
 
 

@@ -15,8 +15,9 @@ from kvloom.cli import show
 from kvloom.cli.group import Command, in_words_of_the_command
 from kvloom.cli.meter import Meter
 from kvloom.cli.params import Alternatives, TokenId, load_model, model_name, model_options, option
+from kvloom.cli.prompts import read_ids, read_prompt
 from kvloom.cli.terminal import is_file, is_terminal, note
-from kvloom.errors import EmptyPrompt, InvalidRequest
+from kvloom.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from kvloom.decoding import Options
@@ -167,10 +168,10 @@ def generate(
     kvloom generate "Once upon a time" --num-beams 4 --num-return-sequences 2
     echo "Once upon a time" | kvloom generate --json | jq -r '.generations[0].text'
     """
-    text = _read_prompt(prompt)
+    text = read_prompt(prompt, example='kvloom generate "Once upon a time"')
     settings = {name: options.pop(name) for name in MODEL_SETTINGS}
     given = _given(options)
-    ids = _read_ids(text) if token_ids else None
+    ids = read_ids(text) if token_ids else None
     with _notes(ctx, quiet):
         lm = load_model(quiet=quiet, **settings)
         job = _prepare(lm, text if ids is None else ids, given, model=model_name(settings["model"]), quiet=quiet)
@@ -188,29 +189,6 @@ def generate(
 
 
 # ---- what was asked for ------------------------------------------------------------------------------------------
-
-
-def _read_prompt(prompt: str | None) -> str:
-    if prompt is None and is_terminal(sys.stdin):
-        raise click.UsageError('no prompt. Pass it, as in `kvloom generate "Once upon a time"`, or pipe it in.')
-    if prompt is None or prompt == "-":
-        try:
-            prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n").removesuffix("\r")
-        except UnicodeDecodeError as error:
-            raise InvalidRequest(f"the prompt on standard input is not UTF-8 text: {error}.") from error
-    if not prompt:
-        raise EmptyPrompt("the prompt is empty. Pass some text, or token ids with --token-ids.")
-    return prompt
-
-
-def _read_ids(text: str) -> list[int]:
-    words = text.replace(",", " ").split()
-    wrong = next((word for word in words if not word.lstrip("-").isdecimal()), None)
-    if wrong is not None:
-        raise InvalidRequest(f"`{wrong}` is not a token id; with --token-ids the prompt is integers.")
-    if not words:
-        raise EmptyPrompt("the prompt holds no token ids.")
-    return [int(word) for word in words]
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

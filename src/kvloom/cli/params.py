@@ -121,7 +121,7 @@ def model_options(function: Function) -> Function:
 def load_model(*, quiet: bool, **settings: Any) -> LanguageModel:
     """Import torch, which takes seconds, and load the model."""
     with waiting(f"[dim]loading {model_name(settings['model'])} ...", quiet=quiet):
-        _silence_libraries(quiet)
+        silence_libraries(quiet)
         from kvloom.attaching import load
 
         return load(**settings)
@@ -132,7 +132,7 @@ def model_name(model: str | None) -> str:
     return model or "demonstration model"
 
 
-def _silence_libraries(quiet: bool) -> None:
+def silence_libraries(quiet: bool) -> None:
     """Their advice is for programmers; ours is in the errors. A download keeps its bar, in a terminal."""
     import os
     import sys

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from kvloom.cache import KVCache
 from kvloom.engine.holding import Holding, Holdings
-from kvloom.engine.planner import worst_case_blocks
+from kvloom.engine.planner import request_blocks, shares_prompt
 from kvloom.errors import CacheFull
 from kvloom.models import Binding
 
@@ -29,16 +29,15 @@ class Admission:
 
     def worst_case(self, *, prompt_tokens: int, new_tokens: int, rows: int, context: Holding | None) -> Blocks:
         """The most blocks that a request can come to hold beyond those of its context."""
-        # Rows whose rotary factors change on the way compute the prompt anew, each for itself.
-        constant = self._binding.regime(prompt_tokens) == self._binding.regime(prompt_tokens + new_tokens)
-        need = worst_case_blocks(
+        need = request_blocks(
+            self._binding,
             self._cache.layout,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             rows=rows,
             step_tokens=self._step_tokens,
-            shares_prompt=constant,
         )
+        constant = shares_prompt(self._binding, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
         if context is None or context.cached is None or not constant:
             return need
         # The context's full blocks are held already, and never copied.
@@ -50,7 +49,14 @@ class Admission:
         taken = [sum(group) for group in zip(self._holdings.claimed_blocks(), *reserved, strict=True)]
         return all(own + others <= self._cache.blocks for own, others in zip(need, taken, strict=True))
 
-    def refuse_unless_possible(self, need: Blocks, what: str, *, reserved: Iterable[Blocks] = ()) -> None:
+    def refuse_unless_possible(
+        self,
+        need: Blocks,
+        what: str,
+        *,
+        reserved: Iterable[Blocks] = (),
+        remedy: str = "or lower max_new_tokens or the number of sequences",
+    ) -> None:
         """Raise `CacheFull` with need, have and remedy if `need` does not fit."""
         if self.fits(need, reserved := list(reserved)):
             return
@@ -64,7 +70,7 @@ class Admission:
         raise CacheFull(
             f"{what} needs {need[worst]} blocks of {layout.block_tokens} tokens; the pool has {pool}{beside}{running} "
             f"({_mebibytes(self._cache.store.allocated_bytes)}). Raise budget_bytes to at least {budget:,} "
-            f"({_mebibytes(budget)}), or lower max_new_tokens or the number of sequences."
+            f"({_mebibytes(budget)}), {remedy}."
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 import threading
 import time
 from collections import deque
@@ -18,7 +19,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from kvloom.blocks.table import pieces
 from kvloom.cache import CacheLayout, KVCache
+from kvloom.cache.snapshot import Origin, open_snapshot
 from kvloom.decoding import HostStep, Step, to_host
 from kvloom.engine.admission import Admission
 from kvloom.engine.events import Event, RequestFinished, StepDone
@@ -27,7 +30,8 @@ from kvloom.engine.planner import default_budget_bytes
 from kvloom.engine.request import Request, Row
 from kvloom.engine.rows import CachedRows
 from kvloom.engine.scheduler import Scheduled, schedule
-from kvloom.errors import CacheFull, ContextClosed, NumericalError
+from kvloom.engine.scoring import CachedScorer, Scored, score_uncached
+from kvloom.errors import CacheFull, ContextClosed, InvalidRequest, NumericalError
 from kvloom.models import Binding
 
 STEP_TOKENS = 512
@@ -175,16 +179,97 @@ class Engine:
             self._admission.refuse_unless_possible(need, f"a context of {tokens:,} tokens", reserved=self._reserved())
             row = self._rows.open(token_ids, context, logits_of=logits_of)
             try:
-                parts = []
-                while row.computed < tokens:
-                    count = min(tokens - row.computed, self.step_tokens)
-                    wanted = max(0, row.computed + count - max(row.computed, tokens - logits_of))
-                    parts.append(self._rows.forward([(row, count)], logits=[wanted]))
-                self._rows.remember(row)
-                return torch.cat(parts), self._rows.hold(row, claimed=True)
+                logits = self._rows.complete(row, step_tokens=self.step_tokens, logits_of=logits_of)
+                return logits, self._rows.hold(row, claimed=True)
             except BaseException:
                 self._rows.close(row)
                 raise
+
+    def score(
+        self,
+        prompt_ids: list[int],
+        continuations: Sequence[list[int]],
+        *,
+        context: Holding | None = None,
+        use_cache: bool = True,
+    ) -> Scored:
+        """Log-probabilities of continuations of one prompt.
+
+        Args:
+            prompt_ids: the whole prompt, the context's tokens included.
+            continuations: token ids, each of at least one token.
+            context: what is computed already; unchanged.
+            use_cache: without it each continuation is a forward pass of its own over the whole sequence.
+
+        Raises:
+            CacheFull: before any work. NumericalError: NaN logits. Nothing is held afterwards in any case.
+        """
+        with self._working():
+            self._check_open()
+            if self.cache is None or not use_cache:
+                return score_uncached(self.binding, prompt_ids, continuations)
+            scorer = CachedScorer(
+                self._rows,
+                self.cache,
+                self.binding,
+                prompt_ids=prompt_ids,
+                continuations=continuations,
+                context=context,
+                step_tokens=self.step_tokens,
+            )
+            self._admission.refuse_unless_possible(
+                scorer.worst_case(self._admission),
+                f"scoring {len(continuations):,} continuations of a {len(prompt_ids):,}-token prompt",
+                reserved=self._reserved(),
+                remedy="or score fewer of them in a call",
+            )
+            return scorer.run()
+
+    def save(self, token_ids: Sequence[int], holding: Holding | None, path: str | os.PathLike[str]) -> None:
+        """Write a context into a file; tokens of which no keys and values are held any more are computed first."""
+        with self._working():
+            self._check_open()
+            origin = self._origin()
+            if holding is not None and holding.cached is not None:
+                self._rows.save(holding, token_ids, path, origin)
+                return
+            _, computed = self.compute(list(token_ids))
+            try:
+                self._rows.save(computed, token_ids, path, origin)
+            finally:
+                self._holdings.release(computed)
+
+    def restore(self, path: str | os.PathLike[str]) -> tuple[list[int], Holding]:
+        """The tokens of a snapshot and a claimed holding of its tables.
+
+        Raises:
+            SnapshotError: the file is missing, damaged, or of another model. CacheFull: before anything is loaded.
+        """
+        with self._working():
+            self._check_open()
+            origin = self._origin()
+            with open_snapshot(path) as snapshot:
+                snapshot.check_origin(origin)
+                assert self.cache is not None, "a model without a cache has no origin"
+                positions = snapshot.positions(self.cache.layout)
+                need = tuple(len(pieces(own, self.cache.layout.block_tokens)[0]) for own in positions)
+                self._admission.refuse_unless_possible(
+                    need,
+                    f"a snapshot of {len(snapshot.token_ids):,} tokens",
+                    reserved=self._reserved(),
+                    remedy="or close contexts that are no longer needed",
+                )
+                return snapshot.token_ids, self._rows.restore(snapshot, positions)
+
+    def _origin(self) -> Origin:
+        """What the keys and values of this engine depend on."""
+        identity = self.binding.identity()
+        if self.cache is None or identity is None:
+            raise InvalidRequest(
+                "this model keeps no keys and values, so there is nothing to save or restore. Keep the token ids."
+            )
+        dtype = str(self.cache.layout.dtype).removeprefix("torch.")
+        return Origin(model=identity.name, fingerprint=identity.fingerprint, dtype=dtype)
 
     def fork_holding(self, holding: Holding | None, tokens: int) -> Holding | None:
         """A claimed holding of the first `tokens` tokens of another; None if its tables cannot serve."""

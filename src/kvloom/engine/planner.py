@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from kvloom.cache import CacheLayout, Reach
+from kvloom.models import Binding
 
 DEFAULT_SEQUENCES = 8
 DEFAULT_CONTEXT = 4_096
@@ -20,7 +21,8 @@ def worst_case_blocks(
     """For each layer group, the most distinct blocks that a request can hold at once.
 
     One row holds its tokens. Several rows hold the prompt once and each its own new tokens, and each may have
-    copied the block in which the prompt ends: ceil(prompt / block) + rows x (ceil(new / block) + 1).
+    copied the block in which the prompt ends: ceil(prompt / block) + rows x (ceil(new / block) + 1). They never hold
+    more than if they shared nothing, which is less where windows are short and generations long.
 
     Args:
         step_tokens: the longest chunk of a prompt; a window keeps its width and one chunk.
@@ -36,21 +38,48 @@ def worst_case_blocks(
         alone = blocks(prompt_tokens + new_tokens, reach)
         if rows == 1 or not shares_prompt:
             return rows * alone
-        return blocks(prompt_tokens, reach) + rows * (layout.blocks_of(new_tokens) + 1)
+        return min(blocks(prompt_tokens, reach) + rows * (layout.blocks_of(new_tokens) + 1), rows * alone)
 
     return tuple(group(layer_group.reach) for layer_group in layout.groups)
 
 
-def default_budget_bytes(layout: CacheLayout, *, max_tokens: int | None, device: torch.device) -> int:
+def request_blocks(
+    binding: Binding, layout: CacheLayout, *, prompt_tokens: int, new_tokens: int, rows: int, step_tokens: int
+) -> tuple[int, ...]:
+    """`worst_case_blocks` of a request on `binding`, which says whether its rows can share the prompt."""
+    return worst_case_blocks(
+        layout,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        rows=rows,
+        step_tokens=step_tokens,
+        shares_prompt=shares_prompt(binding, prompt_tokens=prompt_tokens, new_tokens=new_tokens),
+    )
+
+
+def shares_prompt(binding: Binding, *, prompt_tokens: int, new_tokens: int) -> bool:
+    """Whether a prompt that is computed once serves to the end.
+
+    Rows whose rotary factors change on the way compute it anew, each for itself.
+    """
+    return binding.regime(prompt_tokens) == binding.regime(prompt_tokens + new_tokens)
+
+
+def default_budget_bytes(
+    layout: CacheLayout, *, max_tokens: int | None, device: torch.device, taken_bytes: int = 0
+) -> int:
     """Eight sequences of the model's whole context, but at most a quarter of the memory that is available.
 
     Two blocks more for each: one that is rounded up, and one that a candidate of a shared prompt may copy.
 
     On a CPU the operating system hands out the pages of the store as they are first written, so a budget that
     is not used costs nothing.
+
+    Args:
+        taken_bytes: what will have been taken from the available memory by then, such as weights not yet loaded.
     """
     wanted = DEFAULT_SEQUENCES * layout.bytes_per_token * ((max_tokens or DEFAULT_CONTEXT) + 2 * layout.block_tokens)
-    available = int(DEFAULT_SHARE_OF_MEMORY * available_memory_bytes(device))
+    available = int(DEFAULT_SHARE_OF_MEMORY * max(available_memory_bytes(device) - taken_bytes, 0))
     return max(min(wanted, available), layout.bytes_per_row_of_blocks)
 
 

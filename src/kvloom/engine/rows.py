@@ -6,19 +6,25 @@ that work by hand on contexts, are built on it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from kvloom.attention import build_plan
 from kvloom.blocks import PoolExhausted
+from kvloom.blocks.table import Slots
 from kvloom.cache import CachedSequence, Extension, KVCache
+from kvloom.cache.snapshot import Origin, SnapshotReader, as_regime, write_snapshot
 from kvloom.engine.holding import Holding, Holdings
 from kvloom.engine.request import Row
 from kvloom.errors import CacheFull
 from kvloom.models import Binding
 from kvloom.models.binding import Regime
+
+Taken = TypeVar("Taken")
 
 
 class CachedRows:
@@ -29,13 +35,16 @@ class CachedRows:
         self._cache = cache
         self._holdings = holdings
 
-    def open(self, token_ids: list[int], context: Holding | None = None, *, logits_of: int = 1) -> Row:
+    def open(
+        self, token_ids: list[int], context: Holding | None = None, *, logits_of: int = 1, becomes: int | None = None
+    ) -> Row:
         """A row that starts from a context's tables if they can serve, else from the longest cached prefix.
 
         Args:
             logits_of: of how many last tokens logits are wanted; these are left to be computed.
+            becomes: how long the sequence will be whose rotary factors are used; by default as long as it is.
         """
-        regime = self._binding.regime(len(token_ids))
+        regime = self._binding.regime(len(token_ids) if becomes is None else becomes)
         reusable = len(token_ids) - logits_of
         if context is not None and context.cached is not None and context.regime == regime:
             cached = self._cut(context.cached, min(reusable, context.cached.tokens))
@@ -83,12 +92,46 @@ class CachedRows:
         cached = self._cut(holding.cached, min(tokens, holding.cached.tokens))
         return None if cached is None else self._holdings.add(cached, holding.regime, claimed=True)
 
-    def forward(self, work: Sequence[tuple[Row, int]], *, logits: Sequence[int]) -> Tensor:
+    def complete(self, row: Row, *, step_tokens: int, logits_of: int = 1) -> Tensor:
+        """Run all pending tokens of a row, in chunks, and remember its full blocks.
+
+        Returns:
+            logits, float[logits_of, vocab], of its last tokens.
+        """
+        tokens = len(row.token_ids)
+        parts = []
+        while row.computed < tokens:
+            count = min(tokens - row.computed, step_tokens)
+            wanted = max(0, row.computed + count - max(row.computed, tokens - logits_of))
+            parts.append(self.forward([(row, count)], logits=[wanted]))
+        self.remember(row)
+        return torch.cat(parts)
+
+    def save(self, holding: Holding, token_ids: Sequence[int], path: str | os.PathLike[str], origin: Origin) -> None:
+        """Write a holding's tables and what they hold into a file."""
+        assert holding.cached is not None, "only tables can be saved"
+        regime = as_regime(holding.regime)
+        write_snapshot(path, self._cache, holding.cached, token_ids=token_ids, regime=regime, origin=origin)
+
+    def restore(self, snapshot: SnapshotReader, positions: Sequence[Slots]) -> Holding:
+        """A claimed holding of what a snapshot holds, in blocks of its own; the full ones can be found by prefix."""
+        cached, slots = self._with_room(lambda: self._cache.place(positions, tokens=snapshot.tokens))
+        row = Row(snapshot.token_ids, cached, snapshot.regime)
+        try:
+            snapshot.load(self._cache, slots)
+            self.remember(row)
+        except BaseException:
+            self.close(row)
+            raise
+        return self.hold(row, claimed=True)
+
+    def forward(self, work: Sequence[tuple[Row, int]], *, logits: Sequence[int], remember: bool = True) -> Tensor:
         """One forward pass over the next tokens of rows of one regime.
 
         Args:
             work: rows, and how many of their pending tokens run.
             logits: of how many of these tokens logits are wanted, the last ones of each row.
+            remember: whether the prefix index shall know full blocks of rows that run several tokens.
 
         Returns:
             logits, float[sum(logits), vocab]. If the pass fails, all tables are as before.
@@ -104,7 +147,7 @@ class CachedRows:
             self._cache.rollback(extension)
             raise
         for row, count in work:
-            if count > 1:
+            if count > 1 and remember:
                 # Before windows let go of what only the prefix index may still want.
                 self.remember(row)
         self._cache.commit(extension)
@@ -112,9 +155,13 @@ class CachedRows:
 
     def _extend(self, work: Sequence[tuple[Row, int]]) -> Extension:
         requests = [(row.cached, count) for row, count in work if row.cached is not None]
+        return self._with_room(lambda: self._cache.extend(requests))
+
+    def _with_room(self, take: Callable[[], Taken]) -> Taken:
+        """Do something that takes blocks, giving up unclaimed tables until there are enough."""
         while True:
             try:
-                return self._cache.extend(requests)
+                return take()
             except PoolExhausted as exhausted:
                 if not self._holdings.release_oldest_unclaimed():
                     raise CacheFull(f"{exhausted}. Drop contexts, or raise budget_bytes.") from exhausted

@@ -24,6 +24,7 @@ from kvloom.attention import Plan, torch_ops
 from kvloom.cache import LayerShape, Store
 from kvloom.errors import ModelError, UnsupportedModel
 from kvloom.models.binding import Regime
+from kvloom.models.identity import Identity, identify
 from kvloom.models.packed import PackedLinears
 from kvloom.models.probe import PROBE, PROBE_TOKENS, Probe, run_probe
 from kvloom.models.rotary import RotaryRegimes
@@ -110,6 +111,7 @@ class AttentionInterfaceBinding:
         self._layer_of = {call.module: index for index, call in enumerate(self.calls)}
         self._group_of_layer: tuple[int, ...] | None = None
         self.packed: PackedLinears | None = None
+        self._identity: tuple[bytes, Identity] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -147,12 +149,34 @@ class AttentionInterfaceBinding:
             # Weights made under inference_mode count no writes, and can only be written under it.
             writes = 0 if parameter.is_inference() else parameter._version
             digest.update(f"{parameter.data_ptr()} {writes} ".encode())
-        for module in self.model.modules():
-            # PEFT's layers; the method of the same name on a model needs PEFT to be installed.
-            if isinstance(getattr(type(module), "active_adapters", None), property):
-                state = [getattr(module, name, None) for name in ("active_adapters", "disable_adapters", "scaling")]
-                digest.update(repr(state).encode())
+        digest.update(self._adapters().encode())
         return digest.digest()
+
+    def identity(self) -> Identity:
+        """Digest of config, weights and active adapters, computed when first asked for and after a change."""
+        state = self.fingerprint()
+        if self._identity is None or self._identity[0] != state:
+            identity = identify(
+                self.model,
+                self.model.config,
+                adapters=self._adapters(),
+                plain_weight=None if self.packed is None else self.packed.plain_weight,
+                layers=len(self.layers),
+            )
+            self._identity = state, identity
+        return self._identity[1]
+
+    def _adapters(self) -> str:
+        """Which adapters are active, and how."""
+        # PEFT's layers; the method of the same name on a model needs PEFT to be installed.
+        names = ("active_adapters", "disable_adapters", "scaling")
+        return repr(
+            [
+                [getattr(module, name, None) for name in names]
+                for module in self.model.modules()
+                if isinstance(getattr(type(module), "active_adapters", None), property)
+            ]
+        )
 
     def regime(self, tokens: int) -> Regime:
         """Which rotary factors a sequence of that many tokens uses."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvloom.attention import Plan
 from kvloom.cache import LayerShape, Store
+from kvloom.models.identity import Identity
 
 # What the rotary factors of a sequence depend on besides positions; rows of unlike regimes run apart.
 Regime = Hashable
@@ -54,6 +55,10 @@ class Binding(Protocol):
 
     def fingerprint(self) -> bytes:
         """Changes whenever the weights or the active adapters change, so that no old cache is met."""
+        ...
+
+    def identity(self) -> Identity | None:
+        """Which model this is by content, the same in every process; None if its content cannot be seen."""
         ...
 
     def regime(self, tokens: int) -> Regime:

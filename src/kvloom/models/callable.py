@@ -11,6 +11,7 @@ from kvloom.attention import Plan
 from kvloom.cache import LayerShape, Store
 from kvloom.errors import UnsupportedModel
 from kvloom.models.binding import Regime
+from kvloom.models.identity import Identity
 
 
 class CallableBinding:
@@ -48,6 +49,10 @@ class CallableBinding:
     def fingerprint(self) -> bytes:
         """Constant: nothing of a callable is ever cached."""
         return b""
+
+    def identity(self) -> Identity | None:
+        """None: what a callable calculates with cannot be seen."""
+        return None
 
     def regime(self, tokens: int) -> Regime:
         """One regime: whatever depends on the length is recomputed anyway."""

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from kvloom.models.mapped import Range, drop_pages, mapped_files
+
 # Packing favours this number of rows; measured, one hint serves 1 to 512 rows alike.
 ROWS_HINT = 512
 # Below this many weights a plain product costs as little as the call.
@@ -47,6 +49,10 @@ class PackedLinear:
         if self._seen != _state(self.module.weight):
             self._pack()
 
+    def plain(self) -> Tensor:
+        """The weight as it was before packing, bit for bit: packing only moves numbers."""
+        return self._packed.to_dense()
+
     def forward(self, input: Tensor) -> Tensor:
         """What `nn.Linear.forward` returns."""
         output: Tensor = torch.ops.mkldnn._linear_pointwise(input, self._packed, self.module.bias, "none", [], "")
@@ -66,15 +72,28 @@ class PackedLinears:
 
     def __init__(self, model: nn.Module, *, exclusive: bool) -> None:
         self._exclusive = exclusive
-        packed = (PackedLinear(module) for module in packable(model))
-        self._layers = [layer for layer in packed if layer.is_right()]
-        if exclusive:
-            _give_up_plain_weights(model, self._layers)
+        self._layers: list[PackedLinear] = []
+        modules = packable(model)
+        given_up = {id(module) for module in unshared(model, modules)} if exclusive else set()
+        files = mapped_files() if exclusive else []
+        for module in modules:
+            layer = PackedLinear(module)
+            if layer.is_right():
+                self._layers.append(layer)
+                if exclusive:
+                    module.__dict__["forward"] = layer.forward
+                if id(module) in given_up:
+                    # One by one, so that a whole second copy is never in memory.
+                    _give_up_plain_weight(module, files)
 
     @property
     def packed_bytes(self) -> int:
         """Bytes of the packed copies."""
         return sum(layer.module.weight.numel() * layer.module.weight.element_size() for layer in self._layers)
+
+    def plain_weight(self, module: nn.Module) -> Tensor | None:
+        """The plain weight of a packed layer, made anew; None if the module is not packed."""
+        return next((layer.plain() for layer in self._layers if layer.module is module), None)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -125,16 +144,19 @@ def _operators_exist() -> bool:
     )
 
 
-def _give_up_plain_weights(model: nn.Module, layers: list[PackedLinear]) -> None:
-    """Replace plain weights by tensors that have a shape and a dtype, and no memory."""
-    packed = {id(layer.module) for layer in layers}
-    shared = {
-        parameter.data_ptr()
+def unshared(model: nn.Module, modules: list[nn.Linear]) -> list[nn.Linear]:
+    """Those of the packable `modules` whose weights no other module uses, as tied embeddings do."""
+    own = {id(module) for module in modules}
+    used_elsewhere = {
+        id(parameter)
         for module in model.modules()
-        if id(module) not in packed
+        if id(module) not in own
         for parameter in module.parameters(recurse=False)
     }
-    for layer in layers:
-        layer.module.__dict__["forward"] = layer.forward
-        if layer.module.weight.data_ptr() not in shared:
-            layer.module.weight = nn.Parameter(layer.module.weight.to("meta"), requires_grad=False)
+    return [module for module in modules if id(module.weight) not in used_elsewhere]
+
+
+def _give_up_plain_weight(module: nn.Linear, files: list[Range]) -> None:
+    """Replace the plain weight by a tensor that has a shape and a dtype, and no memory."""
+    drop_pages(module.weight, files)
+    module.weight = nn.Parameter(module.weight.to("meta"), requires_grad=False)

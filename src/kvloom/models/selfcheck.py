@@ -63,6 +63,18 @@ def prove(binding: AttentionInterfaceBinding) -> float:
     return max(_compare(subject, *traces) for traces in zip(own, cached, strict=True))
 
 
+def check_bytes(binding: AttentionInterfaceBinding) -> int:
+    """About how much memory `prove` takes besides weights: all that it records, and one comparison of logits.
+
+    Each layer's input and output and the logits are recorded for every token of three sequences, without the cache
+    and on it; a comparison takes both to float32 and makes their difference and its square.
+    """
+    tokens = CHECK_TOKENS if binding.max_tokens is None else min(CHECK_TOKENS, binding.max_tokens)
+    hidden = int(binding.model.get_input_embeddings().weight.shape[-1])
+    recorded = 2 * (2 * tokens + tokens // 2) * (2 * hidden * len(binding.calls) + binding.vocab_size)
+    return recorded * binding.dtype.itemsize + 4 * tokens * binding.vocab_size * torch.float32.itemsize
+
+
 def _random_sequences(vocab_size: int, tokens: int) -> list[list[int]]:
     """A long sequence, a shorter one, and a fork of the long one with an ending of its own."""
     generator = torch.Generator().manual_seed(20_26)

@@ -1,0 +1,243 @@
+"""`kvloom plan`."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvloom import __version__
+from kvloom.cli import show
+from kvloom.cli.group import Command
+from kvloom.cli.params import ByteSize, model_name, option, silence_libraries
+from kvloom.cli.show import readable_bytes
+from kvloom.cli.terminal import stdout_console, waiting
+from kvloom.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from kvloom.planning import MemoryPlan
+
+COUNT = click.IntRange(min=1)
+LENGTH = click.IntRange(min=0)
+
+
+@click.command(cls=Command)
+@click.argument("model", required=False)
+@option(
+    "--prompt-tokens",
+    metavar="N",
+    type=LENGTH,
+    section="Request",
+    help="Length of each prompt.  [default: 4,096, or what the model's context leaves]",
+)
+@option(
+    "--max-new-tokens",
+    metavar="N",
+    type=LENGTH,
+    section="Request",
+    help="New tokens of each sequence.  [default: 256, or what the model's context leaves]",
+)
+@option("--num-beams", metavar="N", type=COUNT, section="Request", help="Search with N beams.  [default: 1]")
+@option(
+    "--num-return-sequences",
+    metavar="N",
+    type=COUNT,
+    section="Request",
+    help="N of the beams are reported; without beams, N samples a prompt.  [default: 1]",
+)
+@option("--batch", metavar="N", type=COUNT, section="Request", help="So many prompts in one call.  [default: 1]")
+@option("--json", "as_json", is_flag=True, section="Output", help="Print one JSON object.")
+@option(
+    "--plot",
+    "plot",
+    metavar="FILE.png",
+    type=click.Path(dir_okay=False, path_type=Path),
+    section="Output",
+    help="Draw bytes of cache against length of prompt. Needs matplotlib.",
+)
+@option("-q", "--quiet", is_flag=True, section="Output", help="No progress.")
+@option(
+    "--dtype",
+    metavar="DTYPE",
+    section="Cache",
+    help="Of weights and cache: float32, bfloat16 or float16.  [default: the checkpoint's]",
+)
+@option(
+    "--budget",
+    "budget_bytes",
+    metavar="SIZE",
+    type=ByteSize(),
+    section="Cache",
+    help="The most that the cache may take, such as 8GiB.  [default: what would be chosen on this machine]",
+)
+@option(
+    "--block-tokens", metavar="N", type=COUNT, default=16, show_default=True, section="Cache", help="Tokens a block."
+)
+@option("--codec", hidden=True)
+@option("--retention", hidden=True)
+def plan(model: str | None, as_json: bool, plot: Path | None, quiet: bool, **options: Any) -> None:
+    """Say how much memory a request takes on MODEL, without loading it.
+
+    MODEL is a folder with a config.json, or an id on the Hugging Face hub, of which nothing else is fetched;
+    without it, the bundled demonstration model. Weights and cache are exact, to the byte. What else a process
+    takes is an estimate, marked with a ~.
+
+    \b
+    kvloom plan Qwen/Qwen2.5-0.5B-Instruct --prompt-tokens 4096 --num-beams 8
+    kvloom plan ./my-model --batch 4 --budget 8GiB --plot plan.png
+    """
+    if plot is not None:
+        _refuse_unless_plottable(plot)
+    with waiting(f"[dim]planning {model_name(model)} ...", quiet=quiet):
+        silence_libraries(quiet)
+        from kvloom.planning import plan as make_plan
+
+        made = make_plan(model, **options)
+        if plot is not None:
+            from kvloom.cli.plot import draw
+
+            draw(made, plot)
+    if as_json:
+        show.print_json({"kvloom": __version__, **made.to_dict()})
+    else:
+        _print(made)
+
+
+def _refuse_unless_plottable(file: Path) -> None:
+    if file.suffix.lower() != ".png":
+        raise InvalidRequest(f"`--plot {file}` must end with .png.")
+    if not file.parent.is_dir():
+        raise InvalidRequest(f"`--plot {file}`: there is no folder `{file.parent}`.")
+    if find_spec("matplotlib") is None:
+        raise InvalidRequest("`--plot` needs matplotlib, which is not installed: pip install 'kvloom[plot]'.")
+
+
+# ---- the tables --------------------------------------------------------------------------------------------------
+
+
+def _print(plan: MemoryPlan) -> None:
+    from rich.text import Text
+
+    console = stdout_console()
+    console.print(Text(plan.model, style="bold"), soft_wrap=True)
+    console.print(Text(f"{_heads(plan)}\n{_request(plan)}", style="dim"))
+    console.print(_cache_table(plan))
+    console.print(_memory_table(plan))
+    for line in _budget_lines(plan):
+        console.print(line)
+
+
+def _heads(plan: MemoryPlan) -> str:
+    """The model in a line: layers, KV heads, dtype, context."""
+    layers = plan.layout.layers
+    shapes = {(own.kv_heads, own.key_dim, own.value_dim) for own in layers}
+    heads = "KV heads of several sizes"
+    if len(shapes) == 1:
+        kv_heads, key, value = next(iter(shapes))
+        heads = f"{_count(kv_heads, 'KV head')} of {key if key == value else f'{key} + {value}'}"
+    context = "" if plan.max_tokens is None else f", context of {plan.max_tokens:,} tokens"
+    return f"{_count(len(layers), 'layer')}, {heads}, {str(plan.dtype).removeprefix('torch.')}{context}"
+
+
+def _request(plan: MemoryPlan) -> str:
+    """What is asked of it in a line."""
+    prompts = f"{_count(plan.batch, 'prompt')} of {_count(plan.prompt_tokens, 'token')}"
+    rows = ""
+    if plan.rows > 1:
+        rows = f", {plan.rows} {'beams' if plan.num_beams > 1 else 'samples'}{' each' if plan.batch > 1 else ''}"
+    return f"{prompts}{rows}, up to {_count(plan.max_new_tokens, 'new token')} each"
+
+
+def _cache_table(plan: MemoryPlan) -> Table:
+    """Blocks and bytes of each layer group, and of the same request without sharing."""
+    fans_out = plan.rows > 1
+    table = _table("keys and values", "layers", "a block", "blocks", "bytes", *(["each apart"] if fans_out else []))
+
+    def add(what: str, *cells: str, shared: int, apart: int, style: str | None) -> None:
+        sizes = [readable_bytes(shared), *([readable_bytes(apart)] if fans_out else [])]
+        table.add_row(what, *cells, *sizes, style=style)
+
+    several = len(plan.groups) > 1
+    for group in plan.groups:
+        add(
+            group.reach,
+            f"{group.layers}",
+            readable_bytes(group.bytes_per_block),
+            f"{group.blocks:,}",
+            shared=group.blocks * group.bytes_per_block,
+            apart=group.apart_blocks * group.bytes_per_block,
+            style=None if several else "bold",
+        )
+    if several:
+        add("all", "", "", "", shared=plan.cache_bytes, apart=plan.apart_bytes, style="bold")
+    return table
+
+
+def _memory_table(plan: MemoryPlan) -> Table:
+    """What a process holds at its peak, after `load` and after `attach`."""
+    table = _table("a process", "kvloom.load", "kvloom.attach")
+    weights, held = plan.weights, min(plan.cache_bytes, plan.allocated_bytes)
+    table.add_row("weights", readable_bytes(weights.load_bytes), readable_bytes(weights.attach_bytes))
+    table.add_row("keys and values", readable_bytes(held), readable_bytes(held))
+    for what, size in (
+        ("activations and logits of a step", plan.scratch_bytes),
+        ("oneDNN's compiled products", plan.products_bytes[1]),
+        ("Python, PyTorch, transformers", plan.baseline_bytes),
+    ):
+        table.add_row(what, _about(size), _about(size))
+    table.add_row(
+        "peak" + _other_moment(plan), _about(plan.load_peak_bytes), _about(plan.attach_peak_bytes), style="bold"
+    )
+    return table
+
+
+def _other_moment(plan: MemoryPlan) -> str:
+    """When the peak is, where it is not the sum of the lines above."""
+    moments = plan.moments(attach=False)
+    largest = max(moments, key=lambda name: moments[name])
+    return {"reading": ", while weights are converted", "proving": ", while the model is proved"}.get(largest, "")
+
+
+def _budget_lines(plan: MemoryPlan) -> list[Any]:
+    from rich.text import Text
+
+    origin = ", the default here" if plan.budget_is_default else ""
+    longest = "a sequence of any length"
+    if plan.longest_sequence is not None:
+        longest = f"{plan.longest_sequence:,} tokens"
+    budget = f"{readable_bytes(plan.budget_bytes)}{origin}: {_count(plan.pool_blocks, 'block')}, {longest}"
+    return [Text.assemble(("budget  ", "dim"), budget), Text.assemble(("fits    ", "dim"), _verdict(plan))]
+
+
+def _verdict(plan: MemoryPlan) -> tuple[str, str]:
+    """Whether it fits, and its colour."""
+    needed = readable_bytes(plan.needed_budget_bytes)
+    if not plan.fits:
+        one = -(-plan.needed_budget_bytes // plan.batch)
+        return f"no: raise the budget to {one:,} bytes ({readable_bytes(one)}), or shorten the request", "bold red"
+    if plan.requests_at_once < plan.batch:
+        return f"{plan.requests_at_once} of {plan.batch} prompts at once, the others wait; {needed} hold all", "yellow"
+    longer = f"; up to {plan.longest_prompt:,} tokens of prompt would, too"
+    return f"yes{longer if (plan.longest_prompt or 0) > plan.prompt_tokens else ''}", "bold green"
+
+
+def _table(*headings: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+    return table
+
+
+def _about(size: int | None) -> str:
+    return "unknown" if size is None else f"~{readable_bytes(size)}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
