@@ -276,8 +276,8 @@ def plan(
     if (quantized := getattr(config, "quantization_config", None)) and not isinstance(asked, torch.dtype):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else None
         raise UnsupportedModel(
-            f"the checkpoint is quantized ({method or 'by a method that it does not name'}), so its config does not say "
-            "what its weights take. Pass `dtype` to plan it with plain weights, such as `dtype=bfloat16`."
+            f"the checkpoint is quantized ({method or 'by a method that it does not name'}), so its config does not "
+            "say what its weights take. Pass `dtype` to plan it with plain weights, such as `dtype=bfloat16`."
         )
     weightless = build_weightless(config, asked if isinstance(asked, torch.dtype) else own_dtype)
     weights = count_weights(weightless.binding.model, checkpoint_dtype=own_dtype)
