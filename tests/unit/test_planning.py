@@ -100,12 +100,23 @@ def test_what_attach_refuses_the_planner_refuses(folder: Path, family: str) -> N
 def test_a_request_holds_no_more_than_was_planned_and_the_pool_exactly_what_was(family: str) -> None:
     lm = kvloom.attach(tiny.tiny_model(family), budget_bytes=2_000_000)
     # Past the switch of both length-dependent rotary families, so that rows compute their prompts apart.
-    plan = lm.plan(prompt_tokens=37, max_new_tokens=20, num_beams=3)
+    plan = lm.plan(prompt_tokens=40, max_new_tokens=12, num_beams=3)
     assert plan.allocated_bytes == lm.engine.cache.store.allocated_bytes
     assert plan.layout == lm.engine.cache.layout
-    prompt = tiny.random_ids(lm.binding.model, tokens=37, seed=4)
-    results = lm.beam_search(prompt, num_beams=3, max_new_tokens=20)
+    prompt = tiny.random_ids(lm.binding.model, tokens=40, seed=4)
+    results = lm.beam_search(prompt, num_beams=3, max_new_tokens=12)
     assert 0 < results[0].usage.peak_bytes <= plan.cache_bytes
+
+
+@pytest.mark.parametrize(("family", "blocks"), [("llama", 3 + 3 * 2), ("llama_dynamic_rope", 3 * 4)])
+def test_rows_whose_rotary_factors_change_with_length_are_planned_as_admission_reserves_them_apart(
+    family: str, blocks: int
+) -> None:
+    lm = kvloom.attach(tiny.tiny_model(family), budget_bytes=2_000_000)
+    plan = lm.plan(prompt_tokens=40, max_new_tokens=12, num_beams=3)
+    assert plan.groups[0].blocks == blocks
+    reserved = lm.engine._admission.worst_case(prompt_tokens=40, new_tokens=12, rows=3, context=None)
+    assert reserved == (blocks,)
 
 
 def test_one_sequence_holds_to_the_byte_what_was_planned() -> None:
@@ -188,6 +199,8 @@ def test_a_window_stops_growing_and_full_layers_go_on(folder: Path) -> None:
     assert (full[0].reach, window[0].reach) == ("full attention", "window of 8 tokens")
     assert full[1].blocks == pytest.approx(2 * full[0].blocks, rel=0.01)
     assert window[1].blocks == window[0].blocks < full[0].blocks
+    # Every group gets as many blocks as the hungriest needs.
+    assert long.needed_budget_bytes == full[1].blocks * (full[1].bytes_per_block + window[1].bytes_per_block)
 
 
 def test_long_generations_in_a_short_window_are_bounded_by_the_window() -> None:

@@ -291,6 +291,9 @@ class _Digest:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
+    # An empty tensor has no stride of 1, which the reinterpretation as bytes asks for.
+    if not tensor.numel():
+        return memoryview(b"")
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 

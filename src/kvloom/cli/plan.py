@@ -77,10 +77,10 @@ LENGTH = click.IntRange(min=0)
 @option(
     "--block-tokens", metavar="N", type=COUNT, default=16, show_default=True, section="Cache", help="Tokens a block."
 )
-@option("--codec", hidden=True)
-@option("--retention", hidden=True)
+@option("--codec", hidden=True, help="How keys and values are kept; in this version only `native`.")
+@option("--retention", hidden=True, help="Which tokens are dropped; in this version none.")
 def plan(model: str | None, as_json: bool, plot: Path | None, quiet: bool, **options: Any) -> None:
-    """Say how much memory a request takes on MODEL, without loading it.
+    """Say how much memory a request takes, before loading anything.
 
     MODEL is a folder with a config.json, or an id on the Hugging Face hub, of which nothing else is fetched;
     without it, the bundled demonstration model. Weights and cache are exact, to the byte. What else a process
