@@ -201,6 +201,21 @@ def render(rows: list[Row]) -> Table:
     return table
 
 
+def tell_facts(**of_the_run: object) -> dict[str, object]:
+    """Print, and return, what the figures depend on: versions, threads, the machine, and what the run adds."""
+    facts = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "kvloom": kvloom.__version__,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        **of_the_run,
+    }
+    click.echo(", ".join(f"{name} {value}" for name, value in facts.items()))
+    return facts
+
+
 @click.command()
 @click.option("--setting", "names", multiple=True, help="Only these, such as 4x512.")
 @click.option("--runs", default=3, show_default=True, help="Alternated runs of each setting.")
@@ -239,18 +254,7 @@ def main(names: tuple[str, ...], runs: int, dtype: str, threads: int | None, jso
             )
             progress.advance(task)
     Console(width=110).print(render(rows))
-    facts = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "kvloom": kvloom.__version__,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "dtype": dtype,
-        "runs": runs,
-        "read bandwidth": f"{bandwidth / 1e9:.0f} GB/s",
-    }
-    click.echo(", ".join(f"{name} {value}" for name, value in facts.items()))
+    facts = tell_facts(dtype=dtype, runs=runs, **{"read bandwidth": f"{bandwidth / 1e9:.0f} GB/s"})
     if json_path:
         json_path.write_text(json.dumps({"facts": facts, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
 

@@ -11,16 +11,13 @@ for the logits of the label's rows only. Be alone on the machine.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import click
 import torch
-import transformers
-from bench_decoding import make_model
+from bench_decoding import make_model, tell_facts
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
@@ -109,17 +106,7 @@ def main(
         table.add_row(name, f"{seconds:.3f}", f"{whole / seconds:.1f} x")
     Console().print(table)
     click.echo(f"largest difference of a log-probability: {max(errors):.4f} ({len(forwards)} labels compared)")
-    facts = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "kvloom": kvloom.__version__,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "dtype": dtype,
-        "runs": runs,
-    }
-    click.echo(", ".join(f"{name} {value}" for name, value in facts.items()))
+    facts = tell_facts(dtype=dtype, runs=runs)
     if json_path:
         json_path.write_text(json.dumps({"facts": facts, "sizes": sizes, "figures": figures}, indent=2) + "\n")
 

@@ -9,8 +9,6 @@ process, which also has to read every weight to know which model this is, and ag
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -20,8 +18,7 @@ from typing import Any
 
 import click
 import torch
-import transformers
-from bench_decoding import make_model
+from bench_decoding import make_model, tell_facts
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -77,17 +74,7 @@ def main(tokens: int, runs: int, dtype: str, threads: int | None, json_path: Pat
     for name, median in medians.items():
         table.add_row(name, f"{median * 1e3:,.1f}", "" if name == "compute" else f"{medians['compute'] / median:.0f} x")
     Console().print(table)
-    facts = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "kvloom": kvloom.__version__,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "dtype": dtype,
-        "runs": runs,
-    }
-    click.echo(", ".join(f"{name} {value}" for name, value in facts.items()))
+    facts = tell_facts(dtype=dtype, runs=runs)
     if json_path:
         json_path.write_text(json.dumps({"facts": facts, "bytes": size, "seconds": seconds}, indent=2) + "\n")
 
