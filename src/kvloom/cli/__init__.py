@@ -8,6 +8,7 @@ from __future__ import annotations
 import click
 
 from kvloom import __version__
+from kvloom.cli.bench import bench
 from kvloom.cli.generate import generate
 from kvloom.cli.group import Loom
 from kvloom.cli.plan import plan
@@ -32,6 +33,7 @@ def kvloom() -> None:
     """
 
 
+kvloom.add_command(bench)
 kvloom.add_command(generate)
 kvloom.add_command(plan)
 kvloom.add_command(score)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +9,11 @@ import click
 
 from kvloom import __version__
 from kvloom.cli import show
+from kvloom.cli.figure import refuse_unless_plottable
 from kvloom.cli.group import Command
 from kvloom.cli.params import ByteSize, model_name, option, silence_libraries
 from kvloom.cli.show import readable_bytes
-from kvloom.cli.terminal import stdout_console, waiting
-from kvloom.errors import InvalidRequest
+from kvloom.cli.terminal import plain_table, stdout_console, waiting
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -91,7 +90,7 @@ def plan(model: str | None, as_json: bool, plot: Path | None, quiet: bool, **opt
     kvloom plan ./my-model --batch 4 --budget 8GiB --plot plan.png
     """
     if plot is not None:
-        _refuse_unless_plottable(plot)
+        refuse_unless_plottable(plot)
     with waiting(f"[dim]planning {model_name(model)} ...", quiet=quiet):
         silence_libraries(quiet)
         from kvloom.planning import plan as make_plan
@@ -105,15 +104,6 @@ def plan(model: str | None, as_json: bool, plot: Path | None, quiet: bool, **opt
         show.print_json({"kvloom": __version__, **made.to_dict()})
     else:
         _print(made)
-
-
-def _refuse_unless_plottable(file: Path) -> None:
-    if file.suffix.lower() != ".png":
-        raise InvalidRequest(f"`--plot {file}` must end with .png.")
-    if not file.parent.is_dir():
-        raise InvalidRequest(f"`--plot {file}`: there is no folder `{file.parent}`.")
-    if find_spec("matplotlib") is None:
-        raise InvalidRequest("`--plot` needs matplotlib, which is not installed: pip install 'kvloom[plot]'.")
 
 
 # ---- the tables --------------------------------------------------------------------------------------------------
@@ -155,7 +145,9 @@ def _request(plan: MemoryPlan) -> str:
 def _cache_table(plan: MemoryPlan) -> Table:
     """Blocks and bytes of each layer group, and of the same request without sharing."""
     fans_out = plan.rows > 1
-    table = _table("keys and values", "layers", "a block", "blocks", "bytes", *(["each apart"] if fans_out else []))
+    table = plain_table(
+        "keys and values", "layers", "a block", "blocks", "bytes", *(["each apart"] if fans_out else [])
+    )
 
     def add(what: str, *cells: str, shared: int, apart: int, style: str | None) -> None:
         sizes = [readable_bytes(shared), *([readable_bytes(apart)] if fans_out else [])]
@@ -179,7 +171,7 @@ def _cache_table(plan: MemoryPlan) -> Table:
 
 def _memory_table(plan: MemoryPlan) -> Table:
     """What a process holds at its peak, after `load` and after `attach`."""
-    table = _table("a process", "kvloom.load", "kvloom.attach")
+    table = plain_table("a process", "kvloom.load", "kvloom.attach")
     weights, held = plan.weights, min(plan.cache_bytes, plan.allocated_bytes)
     table.add_row("weights", readable_bytes(weights.load_bytes), readable_bytes(weights.attach_bytes))
     table.add_row("keys and values", readable_bytes(held), readable_bytes(held))
@@ -223,16 +215,6 @@ def _verdict(plan: MemoryPlan) -> tuple[str, str]:
         return f"{plan.requests_at_once} of {plan.batch} prompts at once, the others wait; {needed} hold all", "yellow"
     longer = f"; up to {plan.longest_prompt:,} tokens of prompt would, too"
     return f"yes{longer if (plan.longest_prompt or 0) > plan.prompt_tokens else ''}", "bold green"
-
-
-def _table(*headings: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
-    return table
 
 
 def _about(size: int | None) -> str:

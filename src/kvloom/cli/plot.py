@@ -6,26 +6,20 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvloom.cli.figure import FAINT, OTHER, OURS, headline, label_lines, new_figure, save, style_axes
 from kvloom.cli.show import readable_bytes
 
 if TYPE_CHECKING:
     from kvloom.planning import MemoryPlan
 
-INK, FAINT = "#1f2933", "#9aa5b1"
-SHARED, APART, BUDGET = "#0b7285", "#e8590c", "#c92a2a"
+SHARED, APART, BUDGET = OURS, OTHER, "#c92a2a"
 # A budget is drawn up to this multiple of the curves; farther away it would press them to the floor.
 BUDGET_IN_SIGHT = 1.6
 
 
 def draw(plan: MemoryPlan, file: Path) -> None:
     """Write the picture to `file`, a PNG of 1,600 by 1,000 pixels."""
-    # Without pyplot no window system is asked for, and no global state is left behind.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), dpi=200, facecolor="white")
-    FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.11, 0.12, 0.64, 0.68))
+    figure, axes = new_figure()
     lengths, shared, apart = zip(*plan.curve, strict=True)
     labels = [(shared[-1], "shared by KVLoom" if plan.rows > 1 else "KVLoom", SHARED)]
     axes.fill_between(lengths, shared, color=SHARED, alpha=0.10, linewidth=0)
@@ -43,9 +37,9 @@ def draw(plan: MemoryPlan, file: Path) -> None:
     axes.set_xlim(0, lengths[-1])
     axes.set_ylim(0, limit)
     _style(axes)
-    _label(axes, labels, right=lengths[-1], height=limit)
+    label_lines(axes, labels, right=lengths[-1], height=limit)
     _head(figure, plan, near=near)
-    figure.savefig(file, dpi=200, facecolor="white")
+    save(figure, file)
 
 
 def _mark_request(axes: Any, plan: MemoryPlan) -> None:
@@ -80,38 +74,13 @@ def _style(axes: Any) -> None:
         FuncFormatter(lambda size, _: readable_bytes(int(size)).replace(".0 ", " ") if size else "0")
     )
     axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))
-    axes.set_xlabel("tokens of the prompt", color=INK, fontsize=10, labelpad=7)
-    axes.tick_params(colors=INK, labelsize=9, length=0, pad=6)
-    axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(FAINT)
+    style_axes(axes, xlabel="tokens of the prompt")
 
 
 def _ticks(top: float) -> list[int]:
     """Round marks from 0 up to `top`, four to eight of them."""
     step = 2 ** max(0, math.ceil(math.log2(top / 8)))
     return list(range(0, int(top) + 1, step))
-
-
-def _label(axes: Any, labels: list[tuple[int, str, str]], *, right: float, height: float) -> None:
-    """Each line's name at its right end, in its colour; names that would touch are moved apart."""
-    lowest = -height
-    for size, text, colour in sorted(labels):
-        y = max(size, lowest + 0.065 * height)
-        axes.annotate(
-            text,
-            (right, y),
-            xytext=(8, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=10.5,
-            fontweight="bold",
-            color=colour,
-            annotation_clip=False,
-        )
-        lowest = y
 
 
 def _head(figure: Any, plan: MemoryPlan, *, near: bool) -> None:
@@ -122,9 +91,8 @@ def _head(figure: Any, plan: MemoryPlan, *, near: bool) -> None:
         title = f"{plan.rows} {kind} share {'each' if plan.batch > 1 else 'one'} prompt: {saved:.1f} times less cache"
     else:
         title = f"Cache of a prompt of {plan.prompt_tokens:,} tokens: {readable_bytes(plan.cache_bytes)}"
-    figure.text(0.025, 0.935, title, fontsize=15, fontweight="bold", color=INK, va="center")
     prompts = "" if plan.batch == 1 else f"{plan.batch} prompts · "
     facts = f"{plan.model} · {prompts}{plan.max_new_tokens:,} new tokens · {str(plan.dtype).removeprefix('torch.')}"
     if not near:
         facts += f" · budget {readable_bytes(plan.budget_bytes)}, far above"
-    figure.text(0.025, 0.872, facts, fontsize=10, color="#616e7c", va="center")
+    headline(figure, title, facts)

@@ -7,7 +7,7 @@ import shutil
 import stat
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
@@ -16,6 +16,7 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+    from rich.table import Table
 
 
 def is_terminal(stream: object) -> bool:
@@ -92,3 +93,29 @@ def progress_bar() -> Progress:
         console=stderr_console(),
         transient=True,
     )
+
+
+@contextmanager
+def counting_runs(what: str, *, quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar for work that tells what runs next, how many runs are done, and how many there are."""
+    if quiet or not is_terminal(sys.stderr):
+        yield None
+        return
+    with progress_bar() as progress:
+        task = progress.add_task(what, total=1, unit="runs", extra="")
+
+        def show_run(name: str, done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total, extra=name)
+
+        yield show_run
+
+
+def plain_table(*headings: str) -> Table:
+    """A table without a frame; words stand left in the first column, figures right in the others."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+    return table

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,7 +9,7 @@ import click
 from kvloom.cli import show
 from kvloom.cli.group import Command
 from kvloom.cli.params import load_model, model_name, model_options, option
-from kvloom.cli.terminal import is_terminal, progress_bar, stdout_console
+from kvloom.cli.terminal import counting_runs, stdout_console
 
 if TYPE_CHECKING:
     from kvloom.verify import Report
@@ -71,7 +68,7 @@ def verify(
     kvloom verify --model Qwen/Qwen2.5-0.5B-Instruct --dtype float32
     """
     lm = load_model(quiet=quiet, **settings)
-    with _progress(quiet) as on_progress:
+    with counting_runs("verify", quiet=quiet) as on_progress:
         report = lm.verify(list(prompts) or None, max_new_tokens=max_new_tokens, seed=seed, on_progress=on_progress)
     model = model_name(settings["model"])
     if as_json:
@@ -80,20 +77,6 @@ def verify(
         _print(report, model)
     if not report.ok:
         ctx.exit(1)
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    if quiet or not is_terminal(sys.stderr):
-        yield None
-        return
-    with progress_bar() as progress:
-        task = progress.add_task("verify", total=1, unit="runs", extra="")
-
-        def show_run(what: str, done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total, extra=what)
-
-        yield show_run
 
 
 def _print(report: Report, model: str) -> None:
