@@ -23,12 +23,14 @@ from pathlib import Path
 import click
 import torch
 import transformers
+from peers.weights import make_model
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from transformers import LogitsProcessor, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import LogitsProcessor, PreTrainedModel
 
 import kvloom
+from kvloom.bench.bandwidth import read_bandwidth
 from kvloom.engine import Event, StepDone
 
 
@@ -79,22 +81,6 @@ class Row:
         return self.theirs_step / self.ours_step
 
 
-def make_model(dtype: torch.dtype) -> PreTrainedModel:
-    """Qwen2.5-0.5B's shape: 24 layers, hidden size 896, 14 query and 2 key heads, vocabulary 151,936."""
-    config = Qwen2Config(
-        vocab_size=151_936,
-        hidden_size=896,
-        intermediate_size=4_864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        max_position_embeddings=32_768,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    return Qwen2ForCausalLM(config).to(dtype).eval()
-
-
 def time_ours(lm: kvloom.LanguageModel, prompt: list[int], setting: Setting) -> Timing:
     """The engine tells when a step is done; a step without decoded rows belongs to the prompt."""
     ends: list[float] = []
@@ -138,17 +124,6 @@ def time_theirs(model: PreTrainedModel, prompt: list[int], setting: Setting) -> 
 
 def _timing(start: float, ends: list[float]) -> Timing:
     return Timing(ends[0] - start, [after - before for before, after in itertools.pairwise(ends)])
-
-
-def read_bandwidth() -> float:
-    """Bytes a second at which this machine reads a gigabyte of memory: the limit of a decode step."""
-    ones = torch.ones(1 << 28)
-    times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        ones.sum()
-        times.append(time.perf_counter() - start)
-    return ones.nbytes / min(times)
 
 
 def measure(
@@ -235,7 +210,7 @@ def main(names: tuple[str, ...], runs: int, dtype: str, threads: int | None, jso
     chosen = [known[name] for name in names] or list(SETTINGS)
     model = make_model(getattr(torch, dtype))
     lm = kvloom.attach(model)
-    bandwidth = read_bandwidth()
+    bandwidth = read_bandwidth(torch.device("cpu"))
     shortest_step = sum(parameter.nbytes for parameter in model.parameters()) / bandwidth
     rows = []
     with Progress(console=Console(stderr=True)) as progress:
