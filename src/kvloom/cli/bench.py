@@ -12,8 +12,8 @@ from kvloom.cli import show
 from kvloom.cli.figure import refuse_unless_plottable
 from kvloom.cli.group import Command
 from kvloom.cli.params import load_model, model_name, model_options, option
-from kvloom.cli.show import readable_bytes
 from kvloom.cli.terminal import counting_runs, plain_table, stdout_console
+from kvloom.units import readable_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -12,8 +12,8 @@ from kvloom.cli import show
 from kvloom.cli.figure import refuse_unless_plottable
 from kvloom.cli.group import Command
 from kvloom.cli.params import ByteSize, model_name, option, silence_libraries
-from kvloom.cli.show import readable_bytes
 from kvloom.cli.terminal import plain_table, stdout_console, waiting
+from kvloom.units import readable_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvloom.cli.figure import FAINT, OTHER, OURS, headline, label_lines, new_figure, save, style_axes
-from kvloom.cli.show import readable_bytes
+from kvloom.units import readable_bytes
 
 if TYPE_CHECKING:
     from kvloom.planning import MemoryPlan

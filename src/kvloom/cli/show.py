@@ -13,6 +13,7 @@ import click
 
 from kvloom import __version__
 from kvloom.cli.terminal import is_terminal, stderr_console
+from kvloom.units import readable_bytes
 
 TOKEN_COLUMNS = 48
 """About as wide as a table of tokens without their alternatives."""
@@ -168,16 +169,6 @@ def _percent(logprob: float) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
-def readable_bytes(size: int) -> str:
-    """A number of bytes in the largest unit that leaves a whole part."""
-    amount = float(size)
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if amount < 1024 or unit == "GiB":
-            break
-        amount /= 1024
-    return f"{amount:,.0f} {unit}" if unit == "bytes" else f"{amount:,.1f} {unit}"
 
 
 # ---- JSON ----------------------------------------------------------------------------------------------------

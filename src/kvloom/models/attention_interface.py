@@ -25,6 +25,7 @@ from kvloom.cache import LayerShape, Store
 from kvloom.errors import ModelError, UnsupportedModel
 from kvloom.models.binding import Regime
 from kvloom.models.identity import Identity, identify
+from kvloom.models.looking import LOOK, Look, look
 from kvloom.models.packed import PackedLinears
 from kvloom.models.probe import PROBE, PROBE_TOKENS, Probe, run_probe
 from kvloom.models.rotary import RotaryRegimes
@@ -208,6 +209,21 @@ class AttentionInterfaceBinding:
         with self._lock, self._rotary.fixed(fixed):
             logits: Tensor = self.model(input_ids=token_ids.to(self.device), use_cache=False, **keep).logits
         return logits if last is None else logits[:, -last:]
+
+    @torch.no_grad()
+    def look(self, token_ids: Tensor, *, causal: bool = True) -> Look:
+        """Queries' weights, keys and values of every layer for a row int64[tokens], computed without a cache.
+
+        Args:
+            causal: False takes the mask away: every token sees every other.
+        """
+
+        def forward(seen: Look) -> Tensor:
+            logits: Tensor = self.model(input_ids=token_ids[None].to(self.device), use_cache=False, kvloom=seen).logits
+            return logits[0]
+
+        with self._lock, self._attention_is(LOOK), self._rotary.fixed(self.regime(len(token_ids))):
+            return look(forward, {call.module: call.shape.reach for call in self.calls}, causal=causal)
 
     def pack(self, *, exclusive: bool) -> None:
         """Decode with packed copies of the linear layers; see `PackedLinears` for what `exclusive` does."""

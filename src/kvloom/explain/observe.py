@@ -1,0 +1,162 @@
+"""What there is to see in one text: a head's attention, and what changes when a token is added."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvloom.errors import InvalidRequest, UnsupportedModel
+from kvloom.model import LanguageModel
+from kvloom.models import AttentionInterfaceBinding
+from kvloom.models.looking import Look
+from kvloom.prompts import read_prompt
+
+FEWEST, MOST = 2, 40
+"""Tokens that make a readable matrix."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """The largest change of the earlier tokens' numbers when the last token is added, over all layers and heads.
+
+    Relative to the largest number of its kind, so that 0 is no change and 1 a whole other value.
+    """
+
+    weights: float
+    keys: float
+    values: float
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A text under one head.
+
+    Attributes:
+        tokens: as they read, one string a token.
+        layer, head: which matrix is shown, counted from 0.
+        weights: [tokens][tokens], row i what query i gave to each key; rows add up to 1 (less with attention sinks).
+        with_mask, without_mask: what adding the last token changed for those before it.
+        stepwise: the largest difference between the last token's logits computed on the cache and computed whole.
+        tolerance: below which such differences are rounding.
+        bytes_per_token: of keys and values, in all layers.
+        layers, query_heads, kv_heads: of the model; heads are those of the shown layer.
+    """
+
+    model: str
+    dtype: str
+    tokens: tuple[str, ...]
+    layer: int
+    head: int
+    weights: tuple[tuple[float, ...], ...]
+    with_mask: Change
+    without_mask: Change
+    stepwise: float
+    tolerance: float
+    bytes_per_token: int
+    layers: int
+    query_heads: int
+    kv_heads: int
+
+
+def observe(
+    lm: LanguageModel, text: Any, *, layer: int | None = None, head: int | None = None, name: str = "model"
+) -> Observation:
+    """Look at a text of 2 to 40 tokens.
+
+    Args:
+        text: text or token ids.
+        layer, head: by default those whose attention is spread most widely, which shows most.
+
+    Raises:
+        UnsupportedModel: a model whose attention cannot be looked at. InvalidRequest: too few or too many tokens, or
+            no such layer or head.
+    """
+    binding = lm.binding
+    if not isinstance(binding, AttentionInterfaceBinding) or lm.engine.cache is None:
+        raise UnsupportedModel(
+            "this model's attention cannot be looked at: it is not reached through transformers' attention interface."
+        )
+    token_ids = read_prompt(text, lm.tokenizer, vocab_size=lm.vocab_size)
+    if not FEWEST <= len(token_ids) <= MOST:
+        raise InvalidRequest(f"a picture needs {FEWEST} to {MOST} tokens, and the text has {len(token_ids)}.")
+    whole = torch.tensor(token_ids)
+    seen, shorter = binding.look(whole), binding.look(whole[:-1])
+    unmasked = [binding.look(own, causal=False) for own in (whole, whole[:-1])]
+    layer, head = _choose(seen, layer, head)
+    shown = seen.layers[layer].weights
+    scale = float(seen.logits[-1].abs().max())
+    return Observation(
+        model=name,
+        dtype=str(binding.dtype).removeprefix("torch."),
+        tokens=_readable(lm.tokenizer, token_ids),
+        layer=layer,
+        head=head,
+        weights=tuple(tuple(row) for row in shown[head].tolist()),
+        with_mask=_change(seen, shorter),
+        without_mask=_change(*unmasked),
+        stepwise=_stepwise(lm, token_ids, seen) / scale,
+        tolerance=1e-4 if binding.dtype == torch.float32 else 5e-2,
+        bytes_per_token=lm.engine.cache.layout.bytes_per_token,
+        layers=len(seen.layers),
+        query_heads=shown.shape[0],
+        kv_heads=seen.layers[layer].keys.shape[0],
+    )
+
+
+def _stepwise(lm: LanguageModel, token_ids: list[int], seen: Look) -> float:
+    """The largest difference of logits between steps on the cache, token by token, and one pass over everything."""
+    step = None
+    rows = []
+    for position, token in enumerate(token_ids):
+        step = lm.extend(None if step is None else step.context, [token], start=position)
+        rows.append(step.logits[0].float())
+    return float((torch.stack(rows) - seen.logits.to(rows[0].device)).abs().max())
+
+
+def _change(longer: Look, shorter: Look) -> Change:
+    """Of the tokens that both have."""
+
+    def largest(kind: str) -> float:
+        changes = []
+        for with_last, without in zip(longer.layers, shorter.layers, strict=True):
+            before: Tensor = getattr(without, kind)
+            rows = before.shape[1]
+            after = getattr(with_last, kind)[:, :rows]
+            if kind == "weights":
+                after = after[..., :rows]
+            changes.append(float((after - before).abs().max() / before.abs().max()))
+        return max(changes)
+
+    return Change(*(largest(kind) for kind in ("weights", "keys", "values")))
+
+
+def _choose(seen: Look, layer: int | None, head: int | None) -> tuple[int, int]:
+    """The layer and head asked for; of those left open, the most widely spread."""
+    layers = len(seen.layers)
+    if layer is not None and not 0 <= layer < layers:
+        raise InvalidRequest(f"`layer={layer}` does not exist: the model has layers 0 to {layers - 1}.")
+    wanted = range(layers) if layer is None else [layer]
+    spread = []
+    for index in wanted:
+        weights = seen.layers[index].weights
+        heads = weights.shape[0]
+        if head is not None and not 0 <= head < heads:
+            raise InvalidRequest(f"`head={head}` does not exist: layer {index} has heads 0 to {heads - 1}.")
+        entropy = -(weights * weights.clamp_min(1e-9).log()).sum(-1).mean(-1)
+        spread += [(float(entropy[own]), index, own) for own in (range(heads) if head is None else [head])]
+    _, layer, head = max(spread)
+    return layer, head
+
+
+def _readable(tokenizer: Any, token_ids: list[int]) -> tuple[str, ...]:
+    """Each token as it reads; its name or number where it reads as nothing or as part of a character."""
+    if tokenizer is None:
+        return tuple(map(str, token_ids))
+    shown = []
+    for token in token_ids:
+        text = tokenizer.decode([token])
+        shown.append(text if text.strip() and "\ufffd" not in text else str(tokenizer.convert_ids_to_tokens(token)))
+    return tuple(shown)
