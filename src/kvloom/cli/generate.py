@@ -14,7 +14,16 @@ import click
 from kvloom.cli import show
 from kvloom.cli.group import Command, in_words_of_the_command
 from kvloom.cli.meter import Meter
-from kvloom.cli.params import Alternatives, TokenId, load_model, model_name, model_options, option
+from kvloom.cli.params import (
+    Alternatives,
+    TokenId,
+    imply_sampling,
+    load_model,
+    model_name,
+    model_options,
+    option,
+    sampling_options,
+)
 from kvloom.cli.prompts import read_ids, read_prompt
 from kvloom.cli.terminal import is_file, is_terminal, note
 from kvloom.errors import InvalidRequest
@@ -26,7 +35,6 @@ if TYPE_CHECKING:
 
 DEFAULT_NEW_TOKENS = 128
 MODEL_SETTINGS = ("model", "dtype", "device", "threads", "budget_bytes", "block_tokens")
-IMPLY_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 COUNT = click.IntRange(min=1)
 
@@ -81,49 +89,7 @@ COUNT = click.IntRange(min=1)
     section="Length",
     help="Stop at this token; `none`: at no token. May be repeated.  [default: the model's]",
 )
-@option(
-    "--do-sample/--no-do-sample",
-    default=None,
-    section="Sampling",
-    help="Draw tokens, or take the likeliest.  [default: as the model's generation config says]",
-)
-@option(
-    "--temperature",
-    metavar="X",
-    type=float,
-    section="Sampling",
-    help="Below 1 sharpens, above 1 flattens. This and the next three imply --do-sample.",
-)
-@option("--top-k", metavar="N", type=int, section="Sampling", help="Draw from the N likeliest tokens; 0: from all.")
-@option("--top-p", metavar="P", type=float, section="Sampling", help="Draw from the likeliest tokens that make up P.")
-@option(
-    "--min-p",
-    metavar="P",
-    type=float,
-    section="Sampling",
-    help="Draw from tokens at least P times as likely as the likeliest.",
-)
-@option(
-    "--seed",
-    metavar="N",
-    type=int,
-    section="Sampling",
-    help="The same seed gives the same text.  [default: a new one; the summary shows it]",
-)
-@option(
-    "--repetition-penalty",
-    metavar="X",
-    type=float,
-    section="Sampling",
-    help="Above 1: tokens that occurred become less likely. Needs no sampling.",
-)
-@option(
-    "--presence-penalty",
-    metavar="X",
-    type=float,
-    section="Sampling",
-    help="Subtracted from the logits of tokens written before. Needs no sampling.",
-)
+@sampling_options
 @option("--num-beams", metavar="N", type=COUNT, section="Beam search", help="Search with N beams.")
 @option(
     "--num-return-sequences",
@@ -203,12 +169,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
         given["stop_strings"] = list(given["stop_strings"])
     if "early_stopping" in given:
         given["early_stopping"] = {"true": True, "false": False}.get(given["early_stopping"], "never")
-    implied = [name for name in IMPLY_SAMPLING if name in given]
-    if implied and given.get("do_sample") is False:
-        flag = implied[0].replace("_", "-")
-        raise click.UsageError(f"`--{flag}` and `--no-do-sample` contradict each other. Leave one away.")
-    if implied:
-        given["do_sample"] = True
+    imply_sampling(given)
     return given
 
 

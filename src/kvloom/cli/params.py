@@ -25,6 +25,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 option = partial(click.option, cls=Option)
 
+IMPLY_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+
 _SCALE = {"": 1}
 for _power, _letter in enumerate("KMGT", start=1):
     _SCALE |= {_letter: 1024**_power, f"{_letter}I": 1024**_power, f"{_letter}IB": 1024**_power}
@@ -116,6 +118,76 @@ def model_options(function: Function) -> Function:
     for decorate in reversed(options):
         function = decorate(function)
     return function
+
+
+def sampling_options(function: Function) -> Function:
+    """How tokens are chosen, without beams."""
+    options = [
+        option(
+            "--do-sample/--no-do-sample",
+            default=None,
+            section="Sampling",
+            help="Draw tokens, or take the likeliest.  [default: as the model's generation config says]",
+        ),
+        option(
+            "--temperature",
+            metavar="X",
+            type=float,
+            section="Sampling",
+            help="Below 1 sharpens, above 1 flattens. This and the next three imply --do-sample.",
+        ),
+        option(
+            "--top-k", metavar="N", type=int, section="Sampling", help="Draw from the N likeliest tokens; 0: from all."
+        ),
+        option(
+            "--top-p",
+            metavar="P",
+            type=float,
+            section="Sampling",
+            help="Draw from the likeliest tokens that make up P.",
+        ),
+        option(
+            "--min-p",
+            metavar="P",
+            type=float,
+            section="Sampling",
+            help="Draw from tokens at least P times as likely as the likeliest.",
+        ),
+        option(
+            "--seed",
+            metavar="N",
+            type=int,
+            section="Sampling",
+            help="The same seed gives the same text.  [default: a new one; the summary shows it]",
+        ),
+        option(
+            "--repetition-penalty",
+            metavar="X",
+            type=float,
+            section="Sampling",
+            help="Above 1: tokens that occurred become less likely. Needs no sampling.",
+        ),
+        option(
+            "--presence-penalty",
+            metavar="X",
+            type=float,
+            section="Sampling",
+            help="Subtracted from the logits of tokens written before. Needs no sampling.",
+        ),
+    ]
+    for decorate in reversed(options):
+        function = decorate(function)
+    return function
+
+
+def imply_sampling(given: dict[str, Any]) -> None:
+    """Whoever sets a temperature wants to sample; add `do_sample` to the options given, or refuse a contradiction."""
+    implied = [name for name in IMPLY_SAMPLING if name in given]
+    if implied and given.get("do_sample") is False:
+        flag = implied[0].replace("_", "-")
+        raise click.UsageError(f"`--{flag}` and `--no-do-sample` contradict each other. Leave one away.")
+    if implied:
+        given["do_sample"] = True
 
 
 def load_model(*, quiet: bool, **settings: Any) -> LanguageModel:

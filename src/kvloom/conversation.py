@@ -1,0 +1,214 @@
+"""A conversation: turns on one growing context, of which each turn computes its new tokens only."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvloom.context import Context
+from kvloom.errors import InvalidRequest, PromptTooLong, SnapshotError
+from kvloom.model import LanguageModel
+from kvloom.results import Generation
+from kvloom.text import encode_continuation, encode_start
+
+FORMAT = "kvloom conversation 1"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What was said, and what answered.
+
+    Attributes:
+        tokens_before: length of the context when the turn began.
+    """
+
+    said: str
+    answer: str
+    tokens_before: int
+
+
+def _stop_when(asked: Callable[[], bool]) -> Callable[..., Tensor]:
+    """A stopping criterion: the answer ends, as if it were complete, once somebody asks for that."""
+
+    def criterion(input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        return torch.full((input_ids.shape[0],), asked(), dtype=torch.bool, device=input_ids.device)
+
+    return criterion
+
+
+@dataclass
+class Conversation:
+    """One branch of a conversation.
+
+    With a chat template, what is said is wrapped as the template says; without one it stands in the text as it is, and
+    the model goes on from there.
+
+    Attributes:
+        lm: the model; it needs a tokenizer.
+        system: a system message, before the first turn; only where there is a template.
+        options: of decoding, as for `LanguageModel.generate`.
+        turns: so far.
+        context: the tokens of all turns, with keys and values; None before the first.
+        last: the last answer, with its usage.
+    """
+
+    lm: LanguageModel
+    system: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    turns: list[Turn] = field(default_factory=list)
+    context: Context | None = None
+    last: Generation | None = None
+
+    def __post_init__(self) -> None:
+        if self.lm.tokenizer is None:
+            raise InvalidRequest("a conversation is text, and this model has no tokenizer.")
+        if self.system is not None and not self.has_template:
+            raise InvalidRequest("this model has no chat template, so there is no place for a system message.")
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the tokenizer knows how a conversation is written."""
+        return bool(getattr(self.lm.tokenizer, "chat_template", None))
+
+    @property
+    def tokens(self) -> int:
+        """Length of the context."""
+        return 0 if self.context is None else self.context.tokens
+
+    def say(self, text: str, *, stop: Callable[[], bool] = lambda: False) -> Iterator[str]:
+        """Say something, and hand out the answer as it comes; whole characters only.
+
+        Args:
+            stop: asked after each token; once it is true the answer ends there, and the conversation goes on from it.
+
+        Raises:
+            PromptTooLong, CacheFull: the conversation no longer fits; it is as before the turn.
+        """
+        token_ids = self._written(text)
+        context = self._shared(token_ids)
+        before = self.tokens
+        new_ids = token_ids[0 if context is None else context.tokens :]
+        options = {**self.options, "max_new_tokens": self._room(len(token_ids))}
+        answer = ""
+        with self.lm.stream(new_ids, context=context, stopping_criteria=[_stop_when(stop)], **options) as pieces:
+            for piece in pieces:
+                answer += piece.text
+                yield piece.text
+        assert pieces.result is not None, "the stream was read to its end"
+        self.last = pieces.result
+        self.context = pieces.result.context
+        self.turns.append(Turn(text, answer, before))
+
+    def undo(self) -> Turn:
+        """Take back the last turn; its tokens are cut off the context."""
+        if not self.turns:
+            raise InvalidRequest("there is no turn to take back.")
+        turn = self.turns.pop()
+        self.context = self.context.truncate(turn.tokens_before) if self.context and turn.tokens_before else None
+        self.last = None
+        return turn
+
+    def fork(self) -> Conversation:
+        """A branch that goes on from here; it shares what is computed."""
+        return replace(self, turns=list(self.turns), context=self.context and self.context.fork())
+
+    def save(self, file: Path) -> None:
+        """Write the turns into `file`, JSON, and keys and values into `file`.kv beside it."""
+        told = {
+            "format": FORMAT,
+            "system": self.system,
+            "turns": [asdict(turn) for turn in self.turns],
+            "token_ids": [] if self.context is None else list(self.context.token_ids),
+        }
+        if self.context is not None and self.lm.engine.cache is not None:
+            self.context.save(_beside(file))
+        aside = file.with_name(f".{file.name}.{os.getpid()}")
+        try:
+            aside.write_text(json.dumps(told, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            aside.replace(file)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def load(self, file: Path) -> str | None:
+        """Go on from a saved conversation; this one is given up.
+
+        Returns:
+            None if keys and values came from the file, else why they are computed anew with the next turn.
+        """
+        told = _read(file)
+        turns = [Turn(**turn) for turn in told["turns"]]
+        if told["system"] is not None and not self.has_template:
+            raise InvalidRequest(f"`{file}` has a system message, and this model has no chat template.")
+        reason, context = None, None
+        if turns:
+            try:
+                context = self.lm.restore(_beside(file))
+            except (SnapshotError, InvalidRequest) as error:
+                reason = str(error)
+            if context is not None and list(context.token_ids) != told["token_ids"]:
+                reason, context = f"`{_beside(file)}` belongs to another conversation.", None
+        self.system, self.turns, self.context, self.last = told["system"], turns, context, None
+        return reason
+
+    def _written(self, text: str) -> list[int]:
+        """Token ids of all turns and of what is said now, up to where the answer begins."""
+        tokenizer = self.lm.tokenizer
+        if self.has_template:
+            messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+            for turn in self.turns:
+                messages += [{"role": "user", "content": turn.said}, {"role": "assistant", "content": turn.answer}]
+            messages.append({"role": "user", "content": text})
+            ids: list[int] = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+            return ids
+        if self.context is not None:
+            return [*self.context.token_ids, *encode_continuation(tokenizer, text)]
+        before = "".join(f"{turn.said}{turn.answer}" for turn in self.turns)
+        return encode_start(tokenizer, before + text)
+
+    def _shared(self, token_ids: list[int]) -> Context | None:
+        """The context, cut to what the new text begins with: templates may write an earlier turn in another way."""
+        if self.context is None:
+            return None
+        known = self.context.token_ids
+        limit = min(len(known), len(token_ids) - 1)
+        same = next((index for index in range(limit) if known[index] != token_ids[index]), limit)
+        return self.context.truncate(same) if same else None
+
+    def _room(self, tokens: int) -> int:
+        """New tokens that may follow."""
+        limit = self.lm.max_tokens
+        wanted: int | None = self.options.get("max_new_tokens")
+        if limit is None:
+            return wanted or 512
+        if tokens >= limit:
+            raise PromptTooLong(
+                f"the conversation has {tokens:,} tokens, and the model's context of {limit:,} leaves no room for an "
+                "answer. Take turns back, or begin anew."
+            )
+        return min(wanted or limit, limit - tokens)
+
+
+def _beside(file: Path) -> Path:
+    return file.with_name(file.name + ".kv")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What `save` wrote."""
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidRequest(f"`{file}` cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise InvalidRequest(f"`{file}` is no saved conversation.") from error
+    if not isinstance(told, dict) or told.get("format") != FORMAT:
+        raise InvalidRequest(f"`{file}` is no saved conversation.")
+    return told
