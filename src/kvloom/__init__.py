@@ -24,6 +24,7 @@ from kvloom.errors import (
 
 if TYPE_CHECKING:
     from kvloom.attaching import attach, load
+    from kvloom.cache.retention import CompressedPrompt, HeavyHitters, LastQuery, SinkWindow, TopBlocks
     from kvloom.context import Context
     from kvloom.engine import Usage
     from kvloom.model import LanguageModel
@@ -39,19 +40,24 @@ __all__ = [
     "AttachMismatch",
     "CacheFull",
     "CacheMismatch",
+    "CompressedPrompt",
     "Context",
     "Extended",
     "Generation",
+    "HeavyHitters",
     "Hypotheses",
     "InvalidRequest",
     "KVLoomError",
     "LanguageModel",
+    "LastQuery",
     "MemoryPlan",
     "Piece",
     "Report",
     "Score",
     "Scores",
+    "SinkWindow",
     "Stream",
+    "TopBlocks",
     "UnsupportedModel",
     "Usage",
     "__version__",
@@ -64,17 +70,22 @@ __all__ = [
 # What needs torch and transformers is imported when it is first asked for, so that `kvloom --help` and a
 # mistyped option are answered at once (PEP 562).
 _LATE = {
+    "CompressedPrompt": "cache.retention",
     "Context": "context",
     "Extended": "results",
     "Generation": "results",
+    "HeavyHitters": "cache.retention",
     "Hypotheses": "results",
     "LanguageModel": "model",
+    "LastQuery": "cache.retention",
     "MemoryPlan": "planning",
     "Piece": "results",
     "Report": "verify",
     "Score": "scoring",
     "Scores": "scoring",
+    "SinkWindow": "cache.retention",
     "Stream": "stream",
+    "TopBlocks": "cache.retention",
     "Usage": "engine",
     "attach": "attaching",
     "load": "attaching",

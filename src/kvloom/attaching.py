@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from kvloom.cache.retention import Retention, TopBlocks
 from kvloom.engine import Engine
+from kvloom.engine.retaining import check_policy, settle
 from kvloom.errors import InvalidRequest, KVLoomError, UnsupportedModel
 from kvloom.loading import check_tokenizer, load_pretrained
 from kvloom.model import LanguageModel
@@ -23,6 +25,7 @@ def load(
     device: torch.device | str = "cpu",
     budget_bytes: int | None = None,
     block_tokens: int = 16,
+    retention: Retention | None = None,
     threads: int | None = None,
 ) -> LanguageModel:
     """Load a model and attach it.
@@ -34,12 +37,14 @@ def load(
         budget_bytes: the most that the cache may take; by default eight sequences of the model's context, at
             most a quarter of the available memory.
         block_tokens: tokens a block.
+        retention: the policy of calls that name none, such as `kvloom.SinkWindow()`; none by default.
         threads: PyTorch's threads, for the whole process; by default as PyTorch has them.
 
     Raises:
         ModelError: what is missing, damaged or unsupported; see `kvloom.errors`.
     """
     _check_sizes(budget_bytes=budget_bytes, block_tokens=block_tokens, threads=threads)
+    check_policy(retention)
     loaded, tokenizer = load_pretrained(model, dtype=dtype, device=_device(device))
     binding = _bind_transformers(loaded, exclusive=True)
     return _language_model(
@@ -48,6 +53,7 @@ def load(
         loaded.generation_config,
         budget_bytes=budget_bytes,
         block_tokens=block_tokens,
+        retention=retention,
         threads=threads,
     )
 
@@ -61,6 +67,7 @@ def attach(
     device: torch.device | str | None = None,
     budget_bytes: int | None = None,
     block_tokens: int = 16,
+    retention: Retention | None = None,
     threads: int | None = None,
 ) -> LanguageModel:
     """Decode a model that you hold. The model stays yours: your own calls of it give what they gave before.
@@ -70,7 +77,7 @@ def attach(
             which is decoded without a cache.
         tokenizer: needed for text prompts and for text results.
         vocab_size, max_tokens, device: of a callable; a model knows its own.
-        budget_bytes, block_tokens, threads: as for `load`.
+        budget_bytes, block_tokens, retention, threads: as for `load`.
 
     Your calls of the model and KVLoom's must not overlap in time. Weights that you change in place are noticed;
     writing through `parameter.data` is not: attach again after that.
@@ -80,6 +87,7 @@ def attach(
             differs from its own, with the first layer that does.
     """
     _check_sizes(budget_bytes=budget_bytes, block_tokens=block_tokens, threads=threads, max_tokens=max_tokens)
+    check_policy(retention)
     binding = _bind(model, vocab_size=vocab_size, max_tokens=max_tokens, device=device)
     if tokenizer is not None:
         if not hasattr(tokenizer, "get_vocab"):
@@ -91,6 +99,7 @@ def attach(
         getattr(model, "generation_config", None),
         budget_bytes=budget_bytes,
         block_tokens=block_tokens,
+        retention=retention,
         threads=threads,
     )
 
@@ -131,13 +140,23 @@ def _language_model(
     *,
     budget_bytes: int | None,
     block_tokens: int,
+    retention: Retention | None,
     threads: int | None,
 ) -> LanguageModel:
     if threads is not None:
         torch.set_num_threads(threads)
-    engine = Engine(binding, budget_bytes=budget_bytes, block_tokens=block_tokens)
+    engine = Engine(
+        binding,
+        budget_bytes=budget_bytes,
+        block_tokens=block_tokens,
+        block_bounds=isinstance(retention, TopBlocks),
+    )
     config = generation_config if isinstance(generation_config, GenerationConfig) else None
-    return LanguageModel(engine, tokenizer, config)
+    if retention is not None:
+        # What no call could use is refused here; pins need a prompt to be outside of.
+        layout = None if engine.cache is None else engine.cache.layout
+        settle(retention, binding, layout, prompt_tokens=retention.least_prompt, new_tokens=0)
+    return LanguageModel(engine, tokenizer, config, retention)
 
 
 def _check_sizes(**sizes: int | None) -> None:

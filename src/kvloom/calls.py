@@ -8,16 +8,28 @@ from typing import Any
 
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
+from kvloom.cache.retention import Retention
 from kvloom.context import Context, check_context
 from kvloom.decoding import Hypothesis, Options, make_decoder, resolve
 from kvloom.engine import Engine, Request, Usage
 from kvloom.engine.holding import Holding
-from kvloom.errors import PromptTooLong
+from kvloom.engine.retaining import check_policy, settle
+from kvloom.errors import InvalidRequest, PromptTooLong
 from kvloom.prompts import read_prompts
 from kvloom.results import Generation, Hypotheses
 from kvloom.text import decode_new, token_strings
 
-OWN_OPTIONS = ("context", "generation_config", "logits_processor", "stopping_criteria")
+OWN_OPTIONS = ("retention", "context", "generation_config", "logits_processor", "stopping_criteria")
+
+
+class Unset:
+    """What an argument is that was not passed, where None means something."""
+
+    def __repr__(self) -> str:
+        return "unset"
+
+
+UNSET = Unset()
 
 
 @dataclass(frozen=True)
@@ -29,15 +41,23 @@ class Asked:
     logits_processor: Iterable[LogitsProcessor] | None
     stopping_criteria: Iterable[StoppingCriteria] | None
     options: dict[str, Any]
+    retention: Retention | Unset | None = UNSET
 
 
 class Calls:
     """Turns calls into requests on one engine, and what became of them into results."""
 
-    def __init__(self, engine: Engine, tokenizer: Any, generation_config: GenerationConfig | None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Any,
+        generation_config: GenerationConfig | None,
+        retention: Retention | None = None,
+    ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._generation_config = generation_config
+        self._retention = retention
 
     def decode(self, prompt: Any, asked: Asked) -> tuple[list[Hypotheses], bool]:
         """The sequences of each prompt, and whether several prompts were passed."""
@@ -48,16 +68,43 @@ class Calls:
 
     def requests(self, prompt: Any, asked: Asked) -> tuple[list[Request], bool]:
         """A checked request for each prompt; nothing is queued yet."""
+        check_context(asked.context)
+        policy = self.policy(asked.retention, asked.context)
         options = resolve(
             self._generation_config,
             asked.generation_config,
             asked.options,
             vocab_size=self._engine.binding.vocab_size,
-            max_position_embeddings=self._engine.binding.max_tokens,
+            max_position_embeddings=None
+            if policy is not None and policy.reindexes
+            else self._engine.binding.max_tokens,
             known=OWN_OPTIONS,
         )
+        self.policy(asked.retention, asked.context, use_cache=options.use_cache)
         token_ids, several = self._whole_prompts(prompt, asked.context)
-        return [self._request(own, options, asked) for own in token_ids], several
+        return [self._request(own, options, asked, policy) for own in token_ids], several
+
+    def policy(
+        self, asked: Retention | Unset | None, context: Context | None, *, use_cache: bool = True
+    ) -> Retention | None:
+        """The policy of a call: what it asks for, else its context's, else the model's.
+
+        Raises `InvalidRequest` if the context was computed under another one, or if there is no cache to keep.
+        """
+        own = self._retention if context is None else context.retention
+        policy = own if isinstance(asked, Unset) else asked
+        check_policy(policy)
+        if context is not None and own is not None and not own.same_as(policy):
+            raise InvalidRequest(
+                f"the context was computed under {own!r}, and goes on under it alone, not under `retention={policy!r}`."
+                " Leave `retention` away, or prefill the context anew."
+            )
+        if policy is not None and not use_cache:
+            raise InvalidRequest(
+                f"{type(policy).__name__} lets go of a part of the cache, and `use_cache=False` has none. Leave one "
+                "away: `retention=None` compares with the model's own forward."
+            )
+        return policy
 
     def _whole_prompts(self, prompt: Any, context: Context | None) -> tuple[list[list[int]], bool]:
         """Token ids of each prompt, the context's included."""
@@ -72,9 +119,18 @@ class Calls:
         before = () if context is None else context.token_ids
         return [[*before, *own] for own in read.token_ids], read.several
 
-    def _request(self, prompt_ids: list[int], options: Options, asked: Asked) -> Request:
+    def settled(self, policy: Retention | None, *, prompt_tokens: int, new_tokens: int) -> Retention | None:
+        """The policy as one request applies it; raises `InvalidRequest` if the request does not fit the model."""
+        binding, cache = self._engine.binding, self._engine.cache
+        if policy is None:
+            check_length(binding.max_tokens, prompt_tokens, new_tokens)
+            return None
+        layout = None if cache is None else cache.layout
+        return settle(policy, binding, layout, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+
+    def _request(self, prompt_ids: list[int], options: Options, asked: Asked, policy: Retention | None) -> Request:
         new_tokens = options.lengths(len(prompt_ids)).new_tokens
-        check_length(self._engine.binding.max_tokens, len(prompt_ids), new_tokens)
+        retention = self.settled(policy, prompt_tokens=len(prompt_ids), new_tokens=new_tokens)
         decoder = make_decoder(
             options,
             prompt_ids,
@@ -92,6 +148,7 @@ class Calls:
             use_cache=options.use_cache,
             context=None if asked.context is None else asked.context.tables_for(self._engine),
             context_owner=asked.context,
+            retention=retention,
             keep_tables=options.num_beams == 1,
         )
 
@@ -131,7 +188,7 @@ class Calls:
             finish_reason=own.finish_reason,
             score=own.score,
             usage=usage,
-            _make_context=lambda: Context(self._engine, token_ids, holding),
+            _make_context=lambda: Context(self._engine, token_ids, holding, request.retention),
         )
         if holding is not None:
             # A context that was asked for keeps the tables itself.

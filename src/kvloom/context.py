@@ -6,6 +6,7 @@ import os
 import weakref
 from collections.abc import Sequence
 
+from kvloom.cache.retention import Retention
 from kvloom.engine import Engine
 from kvloom.engine.holding import Holding
 from kvloom.errors import ContextClosed, InvalidRequest
@@ -16,10 +17,17 @@ class Context:
 
     A context never changes: what continues it works on a fork, which shares its blocks and copies at most one,
     when it writes there. Its blocks are freed when the context is dropped, or by `close`.
+
+    Attributes:
+        token_ids: all of them, also those that a retention policy has let go of.
+        retention: the policy that it was computed under, and that whatever continues it is under; None without one.
     """
 
-    def __init__(self, engine: Engine, token_ids: Sequence[int], holding: Holding | None) -> None:
+    def __init__(
+        self, engine: Engine, token_ids: Sequence[int], holding: Holding | None, retention: Retention | None = None
+    ) -> None:
         self.token_ids = tuple(token_ids)
+        self.retention = retention
         self._engine = engine
         self._holding = holding
         self._closed = False
@@ -54,8 +62,8 @@ class Context:
     def truncate(self, tokens: int) -> Context:
         """A context of the first `tokens` tokens. This one is unchanged.
 
-        Layers with a sliding window may have let go of what the shorter context needs; then its tokens are
-        computed anew when it is used.
+        Layers with a sliding window, or a retention policy, may have let go of what the shorter context needs; then its
+        tokens are computed anew when it is used.
         """
         whole = isinstance(tokens, int) and not isinstance(tokens, bool)
         if not whole or not 0 < tokens <= self.tokens:
@@ -72,9 +80,15 @@ class Context:
         computed before it is written. A file that is there already is replaced once the new one is complete.
 
         Raises:
-            InvalidRequest: there is no such folder, or the model keeps no keys and values (a callable).
+            InvalidRequest: there is no such folder, the model keeps no keys and values (a callable), or the context is
+                under a retention policy.
             ContextClosed: the context was closed. An `OSError` (no space, no permission) passes through.
         """
+        if self.retention is not None:
+            raise InvalidRequest(
+                f"a context under {type(self.retention).__name__} cannot be saved: a file holds what full attention "
+                "has computed. Keep its token_ids, or prefill it with retention=None."
+            )
         self._engine.save(self.token_ids, self.tables_for(self._engine), path)
 
     def close(self) -> None:
@@ -93,7 +107,9 @@ class Context:
 
     def _cut(self, tokens: int) -> Context:
         holding = self.tables_for(self._engine)
-        return Context(self._engine, self.token_ids[:tokens], self._engine.fork_holding(holding, tokens))
+        return Context(
+            self._engine, self.token_ids[:tokens], self._engine.fork_holding(holding, tokens), self.retention
+        )
 
     def __enter__(self) -> Context:
         return self

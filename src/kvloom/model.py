@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from kvloom.calls import Asked, Calls
+from kvloom.cache.retention import Retention
+from kvloom.calls import UNSET, Asked, Calls, Unset
 from kvloom.context import Context, check_context
 from kvloom.engine import Engine
 from kvloom.errors import CacheMismatch, InvalidRequest, PromptTooLong
@@ -35,11 +36,18 @@ class LanguageModel:
     text alone or in any batch), `output_logits`, `top_logprobs` and `presence_penalty`.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Any, generation_config: GenerationConfig | None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Any,
+        generation_config: GenerationConfig | None,
+        retention: Retention | None = None,
+    ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.generation_config = generation_config
-        self._calls = Calls(engine, tokenizer, generation_config)
+        self.retention = retention
+        self._calls = Calls(engine, tokenizer, generation_config, retention)
 
     @property
     def binding(self) -> Binding:
@@ -66,6 +74,7 @@ class LanguageModel:
         generation_config: GenerationConfig | None = None,
         logits_processor: Iterable[LogitsProcessor] | None = None,
         stopping_criteria: Iterable[StoppingCriteria] | None = None,
+        retention: Retention | Unset | None = UNSET,
         **options: Any,
     ) -> Any:
         """Generate from one prompt or several of any lengths.
@@ -74,6 +83,8 @@ class LanguageModel:
             prompt: text, token ids (a list, or a tensor of shape [tokens] or [1, tokens]), or a list of
                 prompts. May be left out if there is a context.
             context: what the prompts continue.
+            retention: a policy that lets go of tokens, such as `kvloom.SinkWindow()`, which changes the output; None
+                for none. By default the context's, or that of `load` and `attach`.
             options: see the class.
 
         Returns:
@@ -84,7 +95,7 @@ class LanguageModel:
             InvalidRequest, CacheFull: before anything is computed. A logits processor's own exception passes
             through. Nothing is leaked in either case.
         """
-        asked = Asked(context, generation_config, logits_processor, stopping_criteria, options)
+        asked = Asked(context, generation_config, logits_processor, stopping_criteria, options, retention)
         results, several = self._calls.decode(prompt, asked)
         shaped = [own[0] if len(own) == 1 else own for own in results]
         return shaped if several else shaped[0]
@@ -98,6 +109,7 @@ class LanguageModel:
         generation_config: GenerationConfig | None = None,
         logits_processor: Iterable[LogitsProcessor] | None = None,
         stopping_criteria: Iterable[StoppingCriteria] | None = None,
+        retention: Retention | Unset | None = UNSET,
         **options: Any,
     ) -> Any:
         """Beam search: `generate` with `num_beams`, whose result is always a list of hypotheses, best first.
@@ -108,7 +120,7 @@ class LanguageModel:
             `Hypotheses`, `num_return_sequences` of them; a list of these for a list of prompts.
         """
         options = {**options, "num_beams": num_beams}
-        asked = Asked(context, generation_config, logits_processor, stopping_criteria, options)
+        asked = Asked(context, generation_config, logits_processor, stopping_criteria, options, retention)
         results, several = self._calls.decode(prompt, asked)
         return results if several else results[0]
 
@@ -120,6 +132,7 @@ class LanguageModel:
         generation_config: GenerationConfig | None = None,
         logits_processor: Iterable[LogitsProcessor] | None = None,
         stopping_criteria: Iterable[StoppingCriteria] | None = None,
+        retention: Retention | Unset | None = UNSET,
         **options: Any,
     ) -> Stream:
         """Generate one sequence and hand out each token as it comes.
@@ -128,7 +141,7 @@ class LanguageModel:
             a `Stream`: iterate over its pieces, whose texts joined are the text that `generate` returns. Its
             `result` is the `Generation`, once it is exhausted. Closing it early frees what it held.
         """
-        asked = Asked(context, generation_config, logits_processor, stopping_criteria, options)
+        asked = Asked(context, generation_config, logits_processor, stopping_criteria, options, retention)
         requests, several = self._calls.requests(prompt, asked)
         if several or requests[0].max_rows > 1:
             raise InvalidRequest("a stream has one prompt and one sequence: beams and batches use generate().")
@@ -137,16 +150,20 @@ class LanguageModel:
 
     # ---- contexts ------------------------------------------------------------------------------------------
 
-    def prefill(self, prompt: Any, *, context: Context | None = None) -> Context:
+    def prefill(
+        self, prompt: Any, *, context: Context | None = None, retention: Retention | Unset | None = UNSET
+    ) -> Context:
         """Compute a prompt once, to continue it any number of times.
 
         Args:
             prompt: text or token ids.
             context: what the prompt continues; unchanged.
+            retention: the policy that the context, and what continues it, is under; as for `generate`.
         """
         check_context(context)
         new_ids = read_prompt(prompt, self.tokenizer, vocab_size=self.vocab_size, continues=context is not None)
-        return self._extended(context, new_ids, all_logits=False)[1]
+        policy = self._calls.policy(retention, context)
+        return self._extended(context, new_ids, all_logits=False, policy=policy)[1]
 
     def extend(self, context: Context | None, token_ids: Any, *, start: int | None = None) -> Extended:
         """The hand-driven cache: run the new tokens of a sequence, and only these.
@@ -166,7 +183,8 @@ class LanguageModel:
         check_context(context)
         new_ids = read_prompt(token_ids, None, vocab_size=self.vocab_size)
         _check_continuation(context, new_ids, start)
-        logits, extended = self._extended(context, new_ids, all_logits=True)
+        policy = self._calls.policy(UNSET, context)
+        logits, extended = self._extended(context, new_ids, all_logits=True, policy=policy)
         return Extended(logits, extended)
 
     def restore(self, path: str | os.PathLike[str]) -> Context:
@@ -225,6 +243,7 @@ class LanguageModel:
             self.engine,
             self.tokenizer,
             continuations,
+            calls=self._calls,
             prompt=prompt,
             context=context,
             normalize=normalize,
@@ -299,19 +318,24 @@ class LanguageModel:
 
     # ---- inside --------------------------------------------------------------------------------------------
 
-    def _extended(self, context: Context | None, new_ids: list[int], *, all_logits: bool) -> tuple[Tensor, Context]:
+    def _extended(
+        self, context: Context | None, new_ids: list[int], *, all_logits: bool, policy: Retention | None
+    ) -> tuple[Tensor, Context]:
         """Run `new_ids` behind a context; logits of these tokens, and the longer context."""
         holding = None if context is None else context.tables_for(self.engine)
         token_ids = [*(() if context is None else context.token_ids), *new_ids]
-        if self.max_tokens is not None and len(token_ids) > self.max_tokens:
+        if policy is None and self.max_tokens is not None and len(token_ids) > self.max_tokens:
             raise PromptTooLong(
                 f"{len(token_ids):,} tokens exceed the model's context of {self.max_tokens:,}. Shorten them."
             )
+        settled = self._calls.settled(policy, prompt_tokens=len(token_ids), new_tokens=0)
         if self.engine.cache is None:
             logits = self._uncached_logits(token_ids, len(new_ids)) if all_logits else torch.empty(0)
             return logits, Context(self.engine, token_ids, None)
-        logits, extended = self.engine.compute(token_ids, context=holding, logits_of=len(new_ids) if all_logits else 1)
-        return logits, Context(self.engine, token_ids, extended)
+        logits, extended = self.engine.compute(
+            token_ids, context=holding, logits_of=len(new_ids) if all_logits else 1, retention=settled
+        )
+        return logits, Context(self.engine, token_ids, extended, settled)
 
     def _uncached_logits(self, token_ids: list[int], last: int) -> Tensor:
         whole = torch.tensor([token_ids], device=self.binding.device)

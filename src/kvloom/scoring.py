@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from kvloom.calls import UNSET, Calls
 from kvloom.context import Context
 from kvloom.engine import Engine, Usage
 from kvloom.errors import EmptyPrompt, InvalidRequest, PromptTooLong
@@ -74,6 +75,7 @@ def score(
     tokenizer: Any,
     continuations: Any,
     *,
+    calls: Calls,
     prompt: Any,
     context: Context | None,
     normalize: Normalize,
@@ -83,7 +85,10 @@ def score(
     if normalize not in get_args(Normalize):
         raise InvalidRequest(f"`normalize={normalize}` is not known; there are {', '.join(get_args(Normalize))}.")
     prompt_ids = _read_whole_prompt(engine, tokenizer, prompt, context)
-    token_ids = _Reader(engine, tokenizer, prompt_ids).read_all(continuations)
+    policy = calls.policy(UNSET, context, use_cache=use_cache)
+    limit = None if policy is not None and policy.reindexes else engine.binding.max_tokens
+    token_ids = _Reader(engine, tokenizer, prompt_ids, max_tokens=limit).read_all(continuations)
+    longest = max(map(len, token_ids))
     texts = [
         own if isinstance(own, str) else None if tokenizer is None else decode_new(tokenizer, prompt_ids, ids)
         for own, ids in zip(continuations, token_ids, strict=True)
@@ -95,6 +100,7 @@ def score(
         token_ids,
         context=None if context is None else context.tables_for(engine),
         use_cache=use_cache,
+        retention=policy and calls.settled(policy, prompt_tokens=len(prompt_ids), new_tokens=longest),
     )
     return Scores(
         (
@@ -127,8 +133,8 @@ def _read_whole_prompt(engine: Engine, tokenizer: Any, prompt: Any, context: Con
 class _Reader:
     """Turns continuations of one prompt into token ids."""
 
-    def __init__(self, engine: Engine, tokenizer: Any, prompt_ids: list[int]) -> None:
-        self._vocab_size, self._max_tokens = engine.binding.vocab_size, engine.binding.max_tokens
+    def __init__(self, engine: Engine, tokenizer: Any, prompt_ids: list[int], *, max_tokens: int | None) -> None:
+        self._vocab_size, self._max_tokens = engine.binding.vocab_size, max_tokens
         self._tokenizer = tokenizer
         self._prompt_ids = prompt_ids
         self._seam = None if tokenizer is None else Seam.behind(tokenizer, prompt_ids)

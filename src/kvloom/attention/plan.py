@@ -9,7 +9,7 @@ read once for eight rows. A row that is in several spans gets their partial resu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -17,8 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kvloom.attention.observation import Observation
 from kvloom.blocks.table import BLOCK, COUNT, FIRST, OFFSET, expand_runs
-from kvloom.cache import Extension, KVCache, Reach
+from kvloom.cache import CachedSequence, Extension, KVCache, Reach
+from kvloom.cache.retention import Part, Sight
 
 Runs = npt.NDArray[np.int32]
 Rows = npt.NDArray[np.int64]
@@ -32,21 +34,39 @@ MAX_GATHERED_ROWS = 32
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Blocks among which each layer, and each of its KV heads, chooses by the query; see `retention.TopBlocks`.
+
+    Attributes:
+        blocks: int64[candidates], full ones.
+        take: how many of them are read.
+        always: int64[slots], read besides.
+    """
+
+    blocks: Tensor
+    take: int
+    always: Tensor
+
+
+@dataclass(frozen=True)
 class Span:
     """Slots and the query rows that read them.
 
     Attributes:
         rows: which rows of the ragged row, batch by batch: a slice, read as a view, or int64[batch * queries].
         batch: how many sets of rows read each its own slots; 1 if all rows read the same.
-        slots: a slice of consecutive slots, read as a view (batch is 1), or int64[batch, keys] to gather.
+        slots: a slice of consecutive slots, read as a view (batch is 1), or int64[batch, keys] to gather, or a choice
+            that a single query makes.
         mask: None if every query sees every key; "causal" if query i sees the keys up to i; else an additive
             float32[batch, queries, keys] of zeros and minus infinities. No query is masked entirely.
+        shift: int64[batch * queries], by how many tokens each query is turned back before it reads; None for none.
     """
 
     rows: slice | Tensor
     batch: int
-    slots: slice | Tensor
+    slots: slice | Tensor | Choice
     mask: Tensor | Literal["causal"] | None = None
+    shift: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -58,12 +78,31 @@ class Source:
         first_row: the ragged row's index of its first new token.
         first_position: that token's logical position.
         count: its new tokens.
+        sight: what a retention policy lets them see of the runs; None if all of it.
+        read_tokens: the most tokens that each of them may read, in whole blocks of its choice; None for no limit.
     """
 
     runs: Runs
     first_row: int
     first_position: int
     count: int
+    sight: Sight | None = None
+    read_tokens: int | None = None
+
+    @property
+    def chooses(self) -> bool:
+        """Whether they hold more than they may read."""
+        return self.read_tokens is not None and int(self.runs[:, COUNT].sum()) > self.read_tokens
+
+    @property
+    def hides(self) -> bool:
+        """Whether something is hidden from any of them, or seen at another distance."""
+        return self.sight is not None and self.sight.hides(self.first_position + self.count - 1)
+
+    @property
+    def queries(self) -> Rows:
+        """int64[count], the positions of its new tokens."""
+        return self.first_position + np.arange(self.count)
 
 
 @dataclass(frozen=True)
@@ -75,6 +114,7 @@ class GroupPlan:
         spans: cover every (query, visible key) pair exactly once.
         whole: whether the only span covers all rows in order, so that nothing needs merging.
         sources: the same facts, unprocessed, for the reference implementation.
+        observation: what retention policies want to know of this step; None if nothing.
     """
 
     write_slots: Tensor
@@ -83,6 +123,12 @@ class GroupPlan:
     sources: tuple[Source, ...]
     reach: Reach
     block_tokens: int
+    observation: Observation | None = None
+
+    @property
+    def retains(self) -> bool:
+        """Whether it takes more than reading all that the tables hold: hidden tokens, turned queries, observed ones."""
+        return self.observation is not None or any(own.hides or own.chooses for own in self.sources)
 
 
 @dataclass(frozen=True)
@@ -121,10 +167,8 @@ def build_plan(
     groups = []
     for index, group in enumerate(cache.groups):
         sources = tuple(
-            Source(sequence.tables[index].runs, int(row), int(position), int(count))
-            for sequence, row, position, count in zip(
-                extension.sequences, first_rows, first_positions, counts, strict=True
-            )
+            _source(sequence, index, group.group.reach, int(row), int(count))
+            for sequence, row, count in zip(extension.sequences, first_rows, counts, strict=True)
         )
         builder = _SpanBuilder(group.group.reach, cache.layout.block_tokens, torch.device(device))
         spans = builder.build(sources)
@@ -136,9 +180,29 @@ def build_plan(
                 sources=sources,
                 reach=group.group.reach,
                 block_tokens=cache.layout.block_tokens,
+                observation=_observation(extension.sequences, sources, group.group.reach),
             )
         )
     return Plan(_tensor(positions, device), _tensor(np.concatenate(wanted), device), tuple(groups))
+
+
+def _source(sequence: CachedSequence, group: int, reach: Reach, first_row: int, count: int) -> Source:
+    """Retention applies to full attention; a reach of its own is kept as it is."""
+    runs, first_position = sequence.tables[group].runs, sequence.tokens - count
+    retained = sequence.retained
+    if retained is None or not reach.unlimited:
+        return Source(runs, first_row, first_position, count)
+    read_tokens = retained.policy.read_tokens(first_position, retained.prompt)
+    return Source(runs, first_row, first_position, count, retained.sight, read_tokens)
+
+
+def _observation(sequences: Sequence[CachedSequence], sources: Sequence[Source], reach: Reach) -> Observation | None:
+    """Which queries the sequences' policies want to observe."""
+    counts = [0] * len(sources)
+    for index, (sequence, source) in enumerate(zip(sequences, sources, strict=True)):
+        if sequence.retained is not None and reach.unlimited:
+            counts[index] = sequence.retained.observed(source.first_position, source.count)
+    return Observation(tuple(counts)) if any(counts) else None
 
 
 @dataclass(frozen=True)
@@ -150,11 +214,15 @@ class _Reader:
         past: the runs from the first position that the first row sees.
         own: of several new tokens the runs of these, each of which sees itself and those before; they are not in
             `past`. None for a single new token, whose run is.
+        shift: by how much the rows are turned back; one number, as it is for single tokens only.
+        stretch: 0, or the number of a pinned stretch: another reading of the same row.
     """
 
     rows: Rows
     past: Runs
     own: Runs | None
+    shift: int = 0
+    stretch: int = 0
 
 
 class _SpanBuilder:
@@ -167,8 +235,15 @@ class _SpanBuilder:
 
     def build(self, sources: Sequence[Source]) -> tuple[Span, ...]:
         spans: list[Span] = []
-        readers = []
+        readers: list[_Reader] = []
         for source in sources:
+            if source.hides:
+                assert source.sight is not None, "only a sight hides"
+                self._see(source, source.sight.parts(source.runs, source.queries), readers, spans)
+                continue
+            if source.chooses:
+                spans += [self._choice_span(source, index) for index in range(source.count)]
+                continue
             reader = self._reader(source)
             if reader.own is not None and self._hides(source, reader.past):
                 runs = np.concatenate([reader.past, reader.own])
@@ -178,7 +253,35 @@ class _SpanBuilder:
         private: list[_Reader] = []
         self._share(readers, spans, private)
         chunks = [reader for reader in private if reader.own is not None]
-        return (*spans, *self._chunk_spans(chunks), *self._decode_spans([r for r in private if r.own is None]))
+        spans += self._chunk_spans(chunks)
+        for stretch in sorted({reader.stretch for reader in private}):
+            spans += self._decode_spans([r for r in private if r.own is None and r.stretch == stretch])
+        return tuple(spans)
+
+    def _see(self, source: Source, parts: Sequence[Part], readers: list[_Reader], spans: list[Span]) -> None:
+        """Readers of single tokens, whose stretches others may share; a masked span for each stretch of a chunk."""
+        rows = np.arange(source.first_row, source.first_row + source.count)
+        for part in parts:
+            if source.count == 1:
+                shift = 0 if part.shift is None else int(part.shift[0])
+                readers.append(_Reader(rows, part.runs, None, shift, part.stretch))
+                continue
+            mask = None if part.seen is None else _additive(part.seen[None], self._device)
+            own = rows[None, part.queries :]
+            spans.append(self._span(own, self._read(part.runs), mask, part.shift))
+
+    def _choice_span(self, source: Source, index: int) -> Span:
+        """What one query reads of its choice: some of the full blocks before it, and all of the others."""
+        assert source.read_tokens is not None, "only a limited source chooses"
+        runs = _before_position(source.runs, source.first_position + index + 1)
+        full = (runs[:, COUNT] == self._block_tokens) & (runs[:, FIRST] + runs[:, COUNT] <= source.first_position)
+        take = max(0, source.read_tokens // self._block_tokens - int((~full).sum()))
+        row = np.array([[source.first_row + index]])
+        if take >= full.sum():
+            return self._span(row, self._read(runs))
+        always = expand_runs(runs[~full], self._block_tokens)
+        blocks = runs[full, BLOCK].astype(np.int64)
+        return self._span(row, Choice(_tensor(blocks, self._device), take, _tensor(always, self._device)))
 
     def _reader(self, source: Source) -> _Reader:
         rows = np.arange(source.first_row, source.first_row + source.count)
@@ -216,8 +319,9 @@ class _SpanBuilder:
                 private += group
                 continue
             rows = np.concatenate([reader.rows for reader in group])
-            spans.append(self._span(rows[None], self._read(group[0].past[:common])))
-            rest = [_Reader(reader.rows, reader.past[common:], reader.own) for reader in group]
+            shift = np.concatenate([np.full(len(reader.rows), reader.shift) for reader in group])
+            spans.append(self._span(rows[None], self._read(group[0].past[:common]), shift=shift))
+            rest = [replace(reader, past=reader.past[common:]) for reader in group]
             self._share([reader for reader in rest if reader.own is not None or len(reader.past)], spans, private)
 
     # Several new tokens of one sequence: what was there before, and the new tokens among themselves.
@@ -260,32 +364,32 @@ class _SpanBuilder:
 
     def _decode_spans(self, readers: list[_Reader]) -> list[Span]:
         spans: list[Span] = []
-        remains: list[tuple[int, Rows]] = []
+        remains: list[_Remains] = []
         for reader in readers:
             row = int(reader.rows[0])
             short = []
             extents = _extents(reader.past, self._block_tokens)
             for first, end in extents:
                 if end - first >= MIN_VIEW_TOKENS or len(readers) == len(extents) == 1:
-                    spans.append(self._span(np.array([[row]]), slice(first, end)))
+                    spans.append(self._span(np.array([[row]]), slice(first, end), shift=np.array([reader.shift])))
                 else:
                     short.append(np.arange(first, end))
             if short:
-                remains.append((row, np.concatenate(short)))
+                remains.append(_Remains(row, np.concatenate(short), reader.shift))
         for bucket in _by_length(remains):
             spans.append(self._padded_span(bucket))
         return spans
 
-    def _padded_span(self, remains: list[tuple[int, Rows]]) -> Span:
+    def _padded_span(self, remains: list[_Remains]) -> Span:
         """One span over rows of unequal length; a padded slot repeats one of the row's own, so it holds numbers."""
-        longest = max(len(slots) for _, slots in remains)
-        slots = np.stack([np.pad(own, (0, longest - len(own)), mode="edge") for _, own in remains])
-        lengths = np.array([len(own) for _, own in remains])
-        rows = np.array([[row] for row, _ in remains])
-        if (lengths == longest).all():
-            return self._span(rows, _tensor(slots, self._device))
+        lengths = np.array([len(own.slots) for own in remains])
+        longest = int(lengths.max())
+        slots = np.stack([np.pad(own.slots, (0, longest - len(own.slots)), mode="edge") for own in remains])
+        rows = np.array([[own.row] for own in remains])
+        shift = np.array([own.shift for own in remains])
         seen = np.arange(longest)[None] < lengths[:, None]
-        return self._span(rows, _tensor(slots, self._device), _additive(seen[:, None], self._device))
+        mask = None if seen.all() else _additive(seen[:, None], self._device)
+        return self._span(rows, _tensor(slots, self._device), mask, shift)
 
     def _read(self, runs: Runs) -> slice | Tensor:
         """A view where the runs follow each other in the store, else the slots to gather."""
@@ -294,12 +398,28 @@ class _SpanBuilder:
             return slice(*extents[0])
         return _tensor(expand_runs(runs, self._block_tokens)[None], self._device)
 
-    def _span(self, rows: Rows, slots: slice | Tensor, mask: Tensor | Literal["causal"] | None = None) -> Span:
+    def _span(
+        self,
+        rows: Rows,
+        slots: slice | Tensor | Choice,
+        mask: Tensor | Literal["causal"] | None = None,
+        shift: Rows | None = None,
+    ) -> Span:
         """A span of `rows`, int64[batch, queries]."""
         flat = rows.flatten()
         consecutive = bool((np.diff(flat) == 1).all())
         chosen = slice(int(flat[0]), int(flat[-1]) + 1) if consecutive else _tensor(flat, self._device)
-        return Span(chosen, rows.shape[0], slots, mask)
+        turned = None if shift is None or not shift.any() else _tensor(shift, self._device)
+        return Span(chosen, rows.shape[0], slots, mask, turned)
+
+
+@dataclass(frozen=True)
+class _Remains:
+    """Slots of a decoding row that are too scattered, or too few, for a view."""
+
+    row: int
+    slots: Rows
+    shift: int
 
 
 def _from_position(runs: Runs, position: int) -> Runs:
@@ -356,11 +476,11 @@ def _common_runs(runs: list[Runs]) -> int:
     return int(differs.argmax()) if differs.any() else shortest
 
 
-def _by_length(remains: list[tuple[int, Rows]]) -> list[list[tuple[int, Rows]]]:
+def _by_length(remains: list[_Remains]) -> list[list[_Remains]]:
     """Rows whose lengths round up to the same power of two, so that padding at most doubles a row."""
-    buckets: dict[int, list[tuple[int, Rows]]] = {}
-    for row, slots in remains:
-        buckets.setdefault(max(32, len(slots) - 1).bit_length(), []).append((row, slots))
+    buckets: dict[int, list[_Remains]] = {}
+    for own in remains:
+        buckets.setdefault(max(32, len(own.slots) - 1).bit_length(), []).append(own)
     return list(buckets.values())
 
 

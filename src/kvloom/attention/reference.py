@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvloom.attention.plan import GroupPlan, Source
+from kvloom.attention.turn import Turn
 from kvloom.blocks.table import COUNT, FIRST, expand_runs
 
 
@@ -22,6 +23,7 @@ def attend(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    turn: Turn | None = None,
 ) -> Tensor:
     """Scaled dot-product attention of each new token over what its sequence holds and it may see.
 
@@ -32,30 +34,113 @@ def attend(
         scale: factor on the scores.
         softcap: if set, scores become softcap * tanh(score / softcap) (Gemma 2).
         sinks: [heads], if set, a score that takes part in the softmax and has no value (GPT-OSS).
+        turn: how queries turn with their positions, for sources that see some tokens at other distances.
 
     Returns:
         [tokens, heads, value_dim], in the dtype of `queries`.
     """
-    heads, kv_heads = queries.shape[1], keys.shape[0]
     output = torch.empty(*queries.shape[:2], values.shape[-1], dtype=torch.float32, device=queries.device)
     for source in plan.sources:
-        slots = torch.from_numpy(expand_runs(source.runs, plan.block_tokens)).to(keys.device)
-        positions = _positions(source)
         for index in range(source.count):
-            position = source.first_position + index
-            low = int(plan.reach.first_visible(np.array([position]))[0])
-            visible = slots[torch.from_numpy((positions >= low) & (positions <= position)).to(keys.device)]
-            for head in range(heads):
-                kv_head = head * kv_heads // heads
-                query = queries[source.first_row + index, head].float()
-                scores = keys[kv_head, visible].float() @ query * scale
-                if softcap is not None:
-                    scores = softcap * torch.tanh(scores / softcap)
-                if sinks is not None:
-                    scores = torch.cat([scores, sinks[head : head + 1].float()])
-                weights = torch.softmax(scores, dim=0)[: len(visible)]
-                output[source.first_row + index, head] = weights @ values[kv_head, visible].float()
+            row = source.first_row + index
+            slots, shifts = _visible(plan, source, source.first_position + index)
+            for head in range(queries.shape[1]):
+                group = queries.shape[1] // keys.shape[0]
+                kv_head = head // group
+                if source.chooses:
+                    group_queries = queries[row, kv_head * group : (kv_head + 1) * group]
+                    slots = _chosen(group_queries, keys[kv_head], plan, source, index)
+                    shifts = np.zeros(len(slots), dtype=np.int64)
+                weights = _weights(queries[row, head], keys[kv_head, slots], shifts, scale, softcap, turn, sinks, head)
+                output[row, head] = weights @ values[kv_head, slots].float()
     return output.to(queries.dtype)
+
+
+def attention_mass(
+    queries: Tensor,
+    keys: Tensor,
+    plan: GroupPlan,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> list[Tensor]:
+    """For each source, float32[held]: the attention that its observed queries give to each token, over all heads.
+
+    Arguments as of `attend`; what the queries do not see gets none.
+    """
+    assert plan.observation is not None, "only observed queries have a mass"
+    masses = []
+    for source, observed in zip(plan.sources, plan.observation.counts, strict=True):
+        held = torch.from_numpy(expand_runs(source.runs, plan.block_tokens))
+        mass = torch.zeros(len(held))
+        for index in range(source.count - observed, source.count):
+            slots, shifts = _visible(plan, source, source.first_position + index)
+            for head in range(queries.shape[1]):
+                own = keys[head * keys.shape[0] // queries.shape[1], slots]
+                query = queries[source.first_row + index, head]
+                mass[torch.isin(held, slots)] += _weights(query, own, shifts, scale, softcap, None, sinks, head)
+        masses.append(mass)
+    return masses
+
+
+def _visible(plan: GroupPlan, source: Source, position: int) -> tuple[Tensor, np.ndarray]:
+    """int64[seen], the slots that the query at a position sees, and by how much it is turned back for each."""
+    slots = torch.from_numpy(expand_runs(source.runs, plan.block_tokens))
+    positions = _positions(source)
+    low = int(plan.reach.first_visible(np.array([position]))[0])
+    seen = (positions >= low) & (positions <= position)
+    if source.sight is None:
+        return slots[torch.from_numpy(seen)], np.zeros(int(seen.sum()), dtype=np.int64)
+    seen &= source.sight.sees(positions, np.array([position]))[0]
+    return slots[torch.from_numpy(seen)], source.sight.shifts(positions[seen], position)
+
+
+def _chosen(queries: Tensor, keys: Tensor, plan: GroupPlan, source: Source, index: int) -> Tensor:
+    """int64[read], the slots that a KV head reads for a query that chooses: see `retention.TopBlocks`.
+
+    Args:
+        queries: [group, dim], of the query heads that share the KV head, whose keys are [slots, dim].
+    """
+    assert source.read_tokens is not None, "only a limited source chooses"
+    full, others = [], []
+    for block, offset, count, first in source.runs.tolist():
+        count = min(count, source.first_position + index + 1 - first)
+        if count == plan.block_tokens and first + count <= source.first_position:
+            full.append(block * plan.block_tokens + torch.arange(count))
+        elif count > 0:
+            others.append(block * plan.block_tokens + offset + torch.arange(count))
+
+    def most(slots: Tensor) -> float:
+        own = keys[slots].float()
+        products = torch.stack([queries.float() * own.amin(dim=0), queries.float() * own.amax(dim=0)])
+        return float(products.amax(dim=0).sum(dim=-1).max())
+
+    take = max(0, source.read_tokens // plan.block_tokens - len(others))
+    best = sorted(full, key=most, reverse=True)[:take]
+    return torch.cat([*best, *others])
+
+
+def _weights(
+    query: Tensor,
+    keys: Tensor,
+    shifts: np.ndarray,
+    scale: float,
+    softcap: float | None,
+    turn: Turn | None,
+    sinks: Tensor | None,
+    head: int,
+) -> Tensor:
+    """float32[seen], the softmax of one query's scores."""
+    turned = query.expand(len(keys), -1)
+    if turn is not None and shifts.any():
+        turned = turn.back(turned[:, None], torch.from_numpy(shifts).to(query.device))[:, 0]
+    scores = (keys.float() * turned.float()).sum(-1) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[head : head + 1].float()])
+    return torch.softmax(scores, dim=0)[: len(keys)]
 
 
 def _positions(source: Source) -> np.ndarray:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvloom.attention.plan import GroupPlan, Span
+from kvloom.attention.plan import Choice, GroupPlan, Span
+from kvloom.attention.turn import Turn
 
 
 def attend(
@@ -21,12 +22,14 @@ def attend(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    turn: Turn | None = None,
+    bounds: Tensor | None = None,
 ) -> Tensor:
     """The same as `reference.attend`, span by span; see there for shapes."""
     if plan.whole:
-        output, log_sums = _partial(queries, keys, values, plan.spans[0], scale, softcap)
+        output, log_sums = _partial(queries, keys, values, plan.spans[0], scale, softcap, turn, bounds)
     else:
-        output, log_sums = _merge(queries, keys, values, plan, scale, softcap)
+        output, log_sums = _merge(queries, keys, values, plan, scale, softcap, turn, bounds)
     if sinks is not None:
         # The sink adds exp(sink) to the softmax's denominator and nothing to its numerator.
         output = output * torch.sigmoid(log_sums - sinks.float())[..., None]
@@ -34,14 +37,21 @@ def attend(
 
 
 def _merge(
-    queries: Tensor, keys: Tensor, values: Tensor, plan: GroupPlan, scale: float, softcap: float | None
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: GroupPlan,
+    scale: float,
+    softcap: float | None,
+    turn: Turn | None,
+    bounds: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output float32[tokens, heads, value_dim] and log-sum-exp float32[tokens, heads] over all spans."""
     tokens, heads = queries.shape[:2]
     output = torch.zeros(tokens, heads, values.shape[-1], dtype=torch.float32, device=queries.device)
     log_sums = torch.full((tokens, heads), -torch.inf, dtype=torch.float32, device=queries.device)
     for span in plan.spans:
-        part, part_log_sums = _partial(queries, keys, values, span, scale, softcap)
+        part, part_log_sums = _partial(queries, keys, values, span, scale, softcap, turn, bounds)
         before = log_sums[span.rows]
         after = torch.logaddexp(before, part_log_sums)
         old, new = (before - after).exp_()[..., None], (part_log_sums - after).exp_()[..., None]
@@ -51,7 +61,14 @@ def _merge(
 
 
 def _partial(
-    queries: Tensor, keys: Tensor, values: Tensor, span: Span, scale: float, softcap: float | None
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    span: Span,
+    scale: float,
+    softcap: float | None,
+    turn: Turn | None,
+    bounds: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Attention within one span.
 
@@ -59,20 +76,46 @@ def _partial(
         output [rows, heads, value_dim] and log-sum-exp float32[rows, heads].
     """
     heads, dim, kv_heads = queries.shape[1], queries.shape[2], keys.shape[0]
-    own = queries[span.rows].view(span.batch, -1, kv_heads, heads // kv_heads, dim).permute(0, 2, 3, 1, 4)
+    own = queries[span.rows]
+    if turn is not None and span.shift is not None:
+        own = turn.back(own, span.shift)
+    own = own.view(span.batch, -1, kv_heads, heads // kv_heads, dim).permute(0, 2, 3, 1, 4)
     kernel = _flash if _flash_serves(queries, keys, values, softcap) else _plain
-    output, log_sums = kernel(own, _read(keys, span), _read(values, span), span.mask, scale, softcap)
+    slots = span.slots
+    if isinstance(slots, Choice):
+        assert bounds is not None, "a choice is made by the bounds of blocks"
+        slots = _chosen(own[0, :, :, 0], slots, bounds, keys.shape[1] // bounds.shape[2])
+    output, log_sums = kernel(own, _read(keys, slots), _read(values, slots), span.mask, scale, softcap)
     output = output.permute(0, 3, 1, 2, 4).reshape(-1, heads, output.shape[-1])
     return output, log_sums.permute(0, 3, 1, 2).reshape(-1, heads)
 
 
-def _read(store: Tensor, span: Span) -> Tensor:
-    """[batch, kv_heads, keys, dim]: a view of consecutive slots, or a gather."""
-    if isinstance(span.slots, slice):
-        return store[None, :, span.slots]
-    batch, keys = span.slots.shape
-    gathered = store.index_select(1, span.slots.flatten())
+def _read(store: Tensor, slots: slice | Tensor) -> Tensor:
+    """[batch, kv_heads, keys, dim]: a view of consecutive slots, or a gather of int64[batch, keys].
+
+    Slots int64[kv_heads, keys, 1] are those of each head.
+    """
+    if isinstance(slots, slice):
+        return store[None, :, slots]
+    if slots.dim() == 3:
+        return store.gather(1, slots.expand(-1, -1, store.shape[-1]))[None]
+    batch, keys = slots.shape
+    gathered = store.index_select(1, slots.flatten())
     return gathered.view(store.shape[0], batch, keys, -1).transpose(0, 1)
+
+
+def _chosen(query: Tensor, choice: Choice, bounds: Tensor, block_tokens: int) -> Tensor:
+    """int64[kv_heads, keys, 1], the slots that each KV head reads for a query, [kv_heads, group, dim].
+
+    No key of a block scores more than the sum over channels of the larger of query x least and query x largest value.
+    """
+    least, largest = bounds[:, :, choice.blocks].float()
+    query = query.float()
+    most = query.clamp(min=0) @ largest.transpose(1, 2) + query.clamp(max=0) @ least.transpose(1, 2)
+    best = most.amax(dim=1).topk(choice.take, dim=-1).indices.sort(dim=-1).values
+    slots = choice.blocks[best][..., None] * block_tokens + torch.arange(block_tokens, device=best.device)
+    always = choice.always.expand(len(best), -1)
+    return torch.cat([slots.flatten(1), always], dim=1)[..., None]
 
 
 def _plain(

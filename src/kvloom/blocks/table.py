@@ -193,6 +193,19 @@ class Table:
             self._count -= gone
         return gone
 
+    def keep(self, kept: npt.NDArray[np.bool_]) -> None:
+        """Let go of the runs, by index, that are not `kept`. Positions of the others are as before."""
+        if kept.all():
+            return
+        self._pool.release(self.blocks[~kept])
+        self._storage = self.runs[kept]
+        self._count = len(self._storage)
+
+    def holds(self, first: int, end: int) -> bool:
+        """Whether every position from `first` on and before `end` is held."""
+        firsts, ends = self.runs[:, FIRST], self.runs[:, FIRST] + self.runs[:, COUNT]
+        return int(np.maximum(np.minimum(ends, end) - np.maximum(firsts, first), 0).sum()) >= end - first
+
     def close(self) -> None:
         """Let go of every block."""
         self._pool.release(self.blocks.copy())

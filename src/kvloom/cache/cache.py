@@ -16,6 +16,7 @@ import torch
 from kvloom.blocks import Append, BlockPool, PoolExhausted, PrefixIndex, PrefixMatch, Table, chain_digests
 from kvloom.blocks.table import Slots, pieces
 from kvloom.cache.layout import CacheLayout, LayerGroup
+from kvloom.cache.retention import Retained
 from kvloom.cache.store import Store
 from kvloom.errors import CacheFull
 
@@ -40,15 +41,25 @@ class GroupCache:
 
 
 class CachedSequence:
-    """One sequence's tables, one a layer group. Made by `KVCache.open` and `fork`."""
+    """One sequence's tables, one a layer group, and what its retention policy knows of it (None without one).
 
-    def __init__(self, tables: list[Table]) -> None:
+    Made by `KVCache.open` and `fork`.
+    """
+
+    def __init__(self, tables: list[Table], retained: Retained | None = None) -> None:
         self.tables = tables
+        self.retained = retained
 
     @property
     def tokens(self) -> int:
         """Tokens whose keys and values are in the cache, or were before they left a window."""
         return self.tables[0].position
+
+    @property
+    def exact_tokens(self) -> int:
+        """How many of the first ones have the keys and values of full attention."""
+        limit = None if self.retained is None else self.retained.exact_tokens
+        return self.tokens if limit is None else min(limit, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -163,9 +174,9 @@ class KVCache:
                 table.drop_before(group.group.reach.first_needed(table.position))
 
     def remember(self, sequence: CachedSequence, tokens: Sequence[int], *, extra_key: bytes = b"") -> None:
-        """Put the full blocks of `sequence`, which hold `tokens`, into the prefix index."""
+        """Put the full blocks of `sequence`, which hold `tokens`, into the prefix index, as far as they are exact."""
         size = self.layout.block_tokens
-        digests = chain_digests(tokens[: sequence.tokens], size, extra_key)
+        digests = chain_digests(tokens[: sequence.exact_tokens], size, extra_key)
         for table, group in zip(sequence.tables, self.groups, strict=True):
             for block, _, count, first in table.runs.tolist():
                 if count == size and first % size == 0 and first // size < len(digests):
@@ -192,14 +203,18 @@ class KVCache:
 
     def fork(self, sequence: CachedSequence) -> CachedSequence:
         """A sequence with the same past; every block is shared until one of the two writes."""
-        return CachedSequence([table.fork() for table in sequence.tables])
+        return CachedSequence([table.fork() for table in sequence.tables], sequence.retained)
 
     def can_truncate(self, sequence: CachedSequence, tokens: int) -> bool:
-        """Whether a sequence cut to `tokens` would still hold all that its windows need."""
-        return all(
-            group.group.reach.first_needed(tokens) >= min(tokens, table.first_held)
-            for table, group in zip(sequence.tables, self.groups, strict=True)
-        )
+        """Whether a sequence cut to `tokens` would still hold all that its windows, and its retention policy, need."""
+        for table, group in zip(sequence.tables, self.groups, strict=True):
+            reach = group.group.reach
+            if reach.unlimited and sequence.retained is not None:
+                if tokens < sequence.tokens and not sequence.retained.policy.can_cut(table, tokens):
+                    return False
+            elif reach.first_needed(tokens) < min(tokens, table.first_held):
+                return False
+        return True
 
     def truncate(self, sequence: CachedSequence, tokens: int) -> None:
         """Forget the tokens at position `tokens` and beyond; see `can_truncate`."""

@@ -84,11 +84,13 @@ class CacheLayout:
         layers: one shape for each attention layer, in the order of the forward pass.
         dtype: the dtype in which K and V are kept.
         block_tokens: tokens a block, 16 unless told otherwise.
+        block_bounds: whether the least and largest key of each block are kept beside it (see `retention.TopBlocks`).
     """
 
     layers: tuple[LayerShape, ...]
     dtype: torch.dtype
     block_tokens: int = 16
+    block_bounds: bool = False
 
     @cached_property
     def groups(self) -> tuple[LayerGroup, ...]:
@@ -107,8 +109,14 @@ class CacheLayout:
 
     def bytes_per_block(self, group: LayerGroup) -> int:
         """Bytes of one block of `group`, over all its layers."""
-        elements = sum(self.layers[layer].elements_per_token() for layer in group.layers)
-        return elements * self.block_tokens * self.dtype.itemsize
+        elements = self.block_tokens * sum(self.layers[layer].elements_per_token() for layer in group.layers)
+        if self.bounds(group):
+            elements += sum(2 * self.layers[layer].kv_heads * self.layers[layer].key_dim for layer in group.layers)
+        return elements * self.dtype.itemsize
+
+    def bounds(self, group: LayerGroup) -> bool:
+        """Whether the blocks of `group` keep the bounds of their keys."""
+        return self.block_bounds and group.reach.unlimited
 
     @property
     def bytes_per_token(self) -> int:

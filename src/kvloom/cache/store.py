@@ -16,6 +16,8 @@ class Store:
 
     `keys[layer]` and `values[layer]` have the shape [kv_heads, slots, head_dim]: heads come first, so that a
     contiguous run of slots is a plain view for each head, which a matrix product reads without a gather.
+    `bounds[layer]`, [2, kv_heads, blocks, key_dim], holds the least and the largest value of each channel over the keys
+    of a full block; None where the layout has none.
     """
 
     def __init__(self, layout: CacheLayout, blocks: int, device: torch.device) -> None:
@@ -28,11 +30,18 @@ class Store:
 
         self.keys = [allocate(layer.kv_heads, layer.key_dim) for layer in layout.layers]
         self.values = [allocate(layer.kv_heads, layer.value_dim) for layer in layout.layers]
+        self.bounds = [
+            torch.empty((2, layer.kv_heads, blocks, layer.key_dim), dtype=layout.dtype, device=device)
+            if layout.bounds(layout.groups[group])
+            else None
+            for layer, group in zip(layout.layers, layout.group_of_layer, strict=True)
+        ]
 
     @property
     def allocated_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+        bounds = (tensor for tensor in self.bounds if tensor is not None)
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values, *bounds))
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put new tokens into their slots.
@@ -43,6 +52,11 @@ class Store:
         """
         self.keys[layer].index_copy_(1, slots, keys)
         self.values[layer].index_copy_(1, slots, values)
+        if (bounds := self.bounds[layer]) is not None:
+            size = self.layout.block_tokens
+            filled = slots[slots % size == size - 1] // size
+            blocks = self.keys[layer].view(len(keys), -1, size, keys.shape[-1])[:, filled]
+            bounds[0, :, filled], bounds[1, :, filled] = blocks.amin(dim=2), blocks.amax(dim=2)
 
     def copy(self, group: LayerGroup, copies: Iterable[BlockCopy]) -> None:
         """Carry out the copies-on-write of one group's tables."""

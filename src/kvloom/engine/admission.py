@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from kvloom.cache import KVCache
+from kvloom.cache.retention import Retention
 from kvloom.engine.holding import Holding, Holdings
 from kvloom.engine.planner import request_blocks, shares_prompt
 from kvloom.errors import CacheFull
@@ -27,7 +28,15 @@ class Admission:
         self._binding = binding
         self._step_tokens = step_tokens
 
-    def worst_case(self, *, prompt_tokens: int, new_tokens: int, rows: int, context: Holding | None) -> Blocks:
+    def worst_case(
+        self,
+        *,
+        prompt_tokens: int,
+        new_tokens: int,
+        rows: int,
+        context: Holding | None,
+        retention: Retention | None = None,
+    ) -> Blocks:
         """The most blocks that a request can come to hold beyond those of its context."""
         need = request_blocks(
             self._binding,
@@ -36,13 +45,37 @@ class Admission:
             new_tokens=new_tokens,
             rows=rows,
             step_tokens=self._step_tokens,
+            retention=retention,
         )
+        if retention is not None:
+            return self._under_retention(need, retention, context, prompt_tokens, new_tokens, rows)
         constant = shares_prompt(self._binding, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
         if context is None or context.cached is None or not constant:
             return need
         # The context's full blocks are held already, and never copied.
         full = (max(len(table.runs) - 1, 0) for table in context.cached.tables)
         return tuple(max(own - shared, 1) for own, shared in zip(need, full, strict=True))
+
+    def _under_retention(
+        self,
+        need: Blocks,
+        retention: Retention,
+        context: Holding | None,
+        prompt_tokens: int,
+        new_tokens: int,
+        rows: int,
+    ) -> Blocks:
+        """`need`, or what the row takes beside a context's blocks: these stay held even where it lets go of them."""
+        if context is None or context.cached is None or context.regime != self._binding.regime(prompt_tokens):
+            return need
+        begins = context.cached.retained is None
+        reusable = min(prompt_tokens - 1, retention.reusable(prompt_tokens) if begins else prompt_tokens)
+        start = min(reusable, context.cached.tokens)
+        if not self._cache.can_truncate(context.cached, start):
+            return need
+        blocks = self._cache.layout.blocks_of
+        beside = blocks(prompt_tokens - start) + 1 + rows * (blocks(new_tokens) + 1)
+        return tuple(min(own, beside) for own in need)
 
     def fits(self, need: Blocks, reserved: Iterable[Blocks]) -> bool:
         """Whether `need` fits beside what is `reserved` and what users' contexts hold."""

@@ -21,13 +21,16 @@ from torch import Tensor
 
 from kvloom.blocks.table import pieces
 from kvloom.cache import CacheLayout, KVCache
+from kvloom.cache.retention import Retention
 from kvloom.cache.snapshot import Origin, open_snapshot
 from kvloom.decoding import HostStep, Step, to_host
 from kvloom.engine.admission import Admission
+from kvloom.engine.children import children
 from kvloom.engine.events import Event, RequestFinished, StepDone
 from kvloom.engine.holding import Holding, Holdings
 from kvloom.engine.planner import default_budget_bytes
 from kvloom.engine.request import Request, Row
+from kvloom.engine.retaining import dropped_tokens
 from kvloom.engine.rows import CachedRows
 from kvloom.engine.scheduler import Scheduled, schedule
 from kvloom.engine.scoring import CachedScorer, Scored, score_uncached
@@ -46,6 +49,7 @@ class Engine:
         budget_bytes: the most that the cache's tensors may take; by default see `default_budget_bytes`.
         block_tokens: tokens a block.
         step_tokens: the most prompt tokens that one step computes; longer prompts are prefilled in chunks.
+        block_bounds: whether blocks keep the bounds of their keys; see `CacheLayout`.
 
     Attributes:
         cache: None if the model cannot keep one; then every step computes whole sequences.
@@ -59,6 +63,7 @@ class Engine:
         budget_bytes: int | None = None,
         block_tokens: int = 16,
         step_tokens: int = STEP_TOKENS,
+        block_bounds: bool = False,
     ) -> None:
         self.binding = binding
         self.listeners: list[Callable[[Event], None]] = []
@@ -71,7 +76,9 @@ class Engine:
         self._detached = False
         self.cache: KVCache | None = None
         if binding.layers:
-            layout = CacheLayout(layers=binding.layers, dtype=binding.dtype, block_tokens=block_tokens)
+            layout = CacheLayout(
+                layers=binding.layers, dtype=binding.dtype, block_tokens=block_tokens, block_bounds=block_bounds
+            )
             if budget_bytes is None:
                 budget_bytes = default_budget_bytes(layout, max_tokens=binding.max_tokens, device=binding.device)
             self.cache = KVCache(layout, budget_bytes=budget_bytes, device=binding.device)
@@ -92,6 +99,7 @@ class Engine:
                     new_tokens=request.max_new_tokens,
                     rows=request.max_rows,
                     context=request.context,
+                    retention=request.retention,
                 )
                 if not self._admission.fits(request.reserved, ()):
                     self._collect_dropped()
@@ -160,7 +168,12 @@ class Engine:
     # ---- contexts ------------------------------------------------------------------------------------------
 
     def compute(
-        self, token_ids: list[int], *, context: Holding | None = None, logits_of: int = 1
+        self,
+        token_ids: list[int],
+        *,
+        context: Holding | None = None,
+        logits_of: int = 1,
+        retention: Retention | None = None,
     ) -> tuple[Tensor, Holding]:
         """Compute tokens outside of any request, in chunks.
 
@@ -168,6 +181,7 @@ class Engine:
             token_ids: the whole sequence, which begins with the context's tokens.
             context: what is computed already; unchanged.
             logits_of: of how many last tokens logits are wanted.
+            retention: the settled policy of the sequence.
 
         Returns:
             logits, float[logits_of, vocab], and a claimed holding of the sequence's tables.
@@ -175,9 +189,11 @@ class Engine:
         with self._working():
             self._check_open()
             tokens = len(token_ids)
-            need = self._admission.worst_case(prompt_tokens=tokens, new_tokens=0, rows=1, context=context)
+            need = self._admission.worst_case(
+                prompt_tokens=tokens, new_tokens=0, rows=1, context=context, retention=retention
+            )
             self._admission.refuse_unless_possible(need, f"a context of {tokens:,} tokens", reserved=self._reserved())
-            row = self._rows.open(token_ids, context, logits_of=logits_of)
+            row = self._rows.open(token_ids, context, logits_of=logits_of, retention=retention)
             try:
                 logits = self._rows.complete(row, step_tokens=self.step_tokens, logits_of=logits_of)
                 return logits, self._rows.hold(row, claimed=True)
@@ -192,6 +208,7 @@ class Engine:
         *,
         context: Holding | None = None,
         use_cache: bool = True,
+        retention: Retention | None = None,
     ) -> Scored:
         """Log-probabilities of continuations of one prompt.
 
@@ -200,6 +217,7 @@ class Engine:
             continuations: token ids, each of at least one token.
             context: what is computed already; unchanged.
             use_cache: without it each continuation is a forward pass of its own over the whole sequence.
+            retention: the settled policy of prompt and continuations.
 
         Raises:
             CacheFull: before any work. NumericalError: NaN logits. Nothing is held afterwards in any case.
@@ -216,6 +234,7 @@ class Engine:
                 continuations=continuations,
                 context=context,
                 step_tokens=self.step_tokens,
+                retention=retention,
             )
             self._admission.refuse_unless_possible(
                 scorer.worst_case(self._admission),
@@ -325,7 +344,7 @@ class Engine:
     def _start(self, request: Request) -> None:
         token_ids = list(request.prompt_ids)
         if request.use_cache:
-            row = self._rows.open(token_ids, request.context)
+            row = self._rows.open(token_ids, request.context, retention=request.retention)
             request.cached_prompt_tokens = row.computed
         else:
             row = Row(token_ids, None, None)
@@ -392,6 +411,7 @@ class Engine:
         before = request.peak_by_group or held
         request.peak_by_group = tuple(max(pair) for pair in zip(before, held, strict=True))
         request.peak_bytes = max(request.peak_bytes, self.cache.bytes_of(held))
+        request.dropped_tokens = max([request.dropped_tokens, *(dropped_tokens(self.cache, row) for row in rows)])
 
     # ---- decide and apply ----------------------------------------------------------------------------------
 
@@ -423,31 +443,12 @@ class Engine:
             self._close(request, NumericalError(NO_TOKEN))
             return
         request.decoder.advance(step, host)
-        children = self._children(request, host)
-        request.rows = [row for row, end in zip(children, host.finished, strict=True) if not end]
-        request.finished_rows += [row for row, end in zip(children, host.finished, strict=True) if end]
+        rows = children(request, host, self._rows if request.use_cache else None)
+        request.rows = [row for row, end in zip(rows, host.finished, strict=True) if not end]
+        request.finished_rows += [row for row, end in zip(rows, host.finished, strict=True) if end]
         request.streamed += zip(host.tokens, host.logprobs, strict=True)
         if request.decoder.done:
             self._close(request, None)
-
-    def _children(self, request: Request, host: HostStep) -> list[Row]:
-        """The rows after a decision. A row's first child takes its tables, the others fork them."""
-        needs_tables = [request.use_cache and (request.keep_tables or not end) for end in host.finished]
-        heirs: dict[int, int] = {}
-        for child, parent in enumerate(host.parents):
-            if needs_tables[child]:
-                heirs.setdefault(parent, child)
-        children = []
-        for child, (token, parent) in enumerate(zip(host.tokens, host.parents, strict=True)):
-            row = request.rows[parent]
-            tables = None
-            if needs_tables[child]:
-                tables = row.cached if heirs[parent] == child else self._rows.fork_tables(row)
-            children.append(Row([*row.token_ids, token], tables, row.regime))
-        for parent, row in enumerate(request.rows):
-            if request.use_cache and parent not in heirs:
-                self._rows.close(row)
-        return children
 
     def _close(self, request: Request, error: BaseException | None) -> None:
         """End a request. What was computed stays in the prefix index; finished rows' tables are kept for contexts.

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from kvloom.cache import CacheLayout, Reach
+from kvloom.cache.retention import Retention
 from kvloom.models import Binding
 
 DEFAULT_SEQUENCES = 8
@@ -16,7 +17,14 @@ DEFAULT_SHARE_OF_MEMORY = 0.25
 
 
 def worst_case_blocks(
-    layout: CacheLayout, *, prompt_tokens: int, new_tokens: int, rows: int, step_tokens: int, shares_prompt: bool = True
+    layout: CacheLayout,
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    rows: int,
+    step_tokens: int,
+    shares_prompt: bool = True,
+    retention: Retention | None = None,
 ) -> tuple[int, ...]:
     """For each layer group, the most distinct blocks that a request can hold at once.
 
@@ -27,6 +35,7 @@ def worst_case_blocks(
     Args:
         step_tokens: the longest chunk of a prompt; a window keeps its width and one chunk.
         shares_prompt: False if the rows may have to compute the prompt apart (rotary factors that change).
+        retention: the policy that bounds what a row holds of full attention.
     """
 
     def blocks(tokens: int, reach: Reach) -> int:
@@ -36,6 +45,13 @@ def worst_case_blocks(
 
     def group(reach: Reach) -> int:
         alone = blocks(prompt_tokens + new_tokens, reach)
+        if retention is not None and reach.unlimited:
+            alone = retention.most_blocks(
+                prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens,
+                step_tokens=step_tokens,
+                block_tokens=layout.block_tokens,
+            )
         if rows == 1 or not shares_prompt:
             return rows * alone
         return min(blocks(prompt_tokens, reach) + rows * (layout.blocks_of(new_tokens) + 1), rows * alone)
@@ -44,7 +60,14 @@ def worst_case_blocks(
 
 
 def request_blocks(
-    binding: Binding, layout: CacheLayout, *, prompt_tokens: int, new_tokens: int, rows: int, step_tokens: int
+    binding: Binding,
+    layout: CacheLayout,
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    rows: int,
+    step_tokens: int,
+    retention: Retention | None = None,
 ) -> tuple[int, ...]:
     """`worst_case_blocks` of a request on `binding`, which says whether its rows can share the prompt."""
     return worst_case_blocks(
@@ -54,6 +77,7 @@ def request_blocks(
         rows=rows,
         step_tokens=step_tokens,
         shares_prompt=shares_prompt(binding, prompt_tokens=prompt_tokens, new_tokens=new_tokens),
+        retention=retention,
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from kvloom.cache import CachedSequence
+from kvloom.cache.retention import Retention
 from kvloom.decoding import Decoder
 from kvloom.engine.holding import Holding
 from kvloom.models.binding import Regime
@@ -52,6 +53,7 @@ class Usage:
         peak_blocks: most blocks held at once, shared ones counted once; in the layer group that held most.
         peak_bytes: most bytes of keys and values held at once, over all layer groups.
         seconds: from submission to the last token.
+        dropped_tokens: tokens of the longest sequence that its retention policy had let go of; 0 without one.
     """
 
     prompt_tokens: int
@@ -61,6 +63,7 @@ class Usage:
     peak_blocks: int
     peak_bytes: int
     seconds: float
+    dropped_tokens: int = 0
 
 
 @dataclass(eq=False)
@@ -75,6 +78,7 @@ class Request:
         use_cache: without it every step computes whole sequences by the model's own forward.
         context: tables to fork instead of opening new ones; they stay the caller's.
         context_owner: kept alive with the request, because the tables are freed with it.
+        retention: the policy of its sequences, as settled for this request.
         keep_tables: whether finished rows keep their tables, for contexts (beams do not: their hypotheses
             outlive their rows).
         kept: by token ids, the tables that finished rows have left behind, once the request is done.
@@ -87,6 +91,7 @@ class Request:
     use_cache: bool = True
     context: Holding | None = None
     context_owner: object = None
+    retention: Retention | None = None
     keep_tables: bool = True
 
     id: int = -1
@@ -101,6 +106,7 @@ class Request:
     computed_prompt_tokens: int = 0
     peak_by_group: tuple[int, ...] = ()
     peak_bytes: int = 0
+    dropped_tokens: int = 0
     reserved: tuple[int, ...] = ()
     submitted_at: float = field(default_factory=time.perf_counter)
     finished_at: float = 0.0
@@ -120,4 +126,5 @@ class Request:
             peak_blocks=max(self.peak_by_group, default=0),
             peak_bytes=self.peak_bytes,
             seconds=(self.finished_at or time.perf_counter()) - self.submitted_at,
+            dropped_tokens=self.dropped_tokens,
         )

@@ -17,9 +17,11 @@ from kvloom.attention import build_plan
 from kvloom.blocks import PoolExhausted
 from kvloom.blocks.table import Slots
 from kvloom.cache import CachedSequence, Extension, KVCache
+from kvloom.cache.retention import Retention
 from kvloom.cache.snapshot import Origin, SnapshotReader, as_regime, write_snapshot
 from kvloom.engine.holding import Holding, Holdings
 from kvloom.engine.request import Row
+from kvloom.engine.retaining import begin, retain
 from kvloom.errors import CacheFull
 from kvloom.models import Binding
 from kvloom.models.binding import Regime
@@ -36,21 +38,43 @@ class CachedRows:
         self._holdings = holdings
 
     def open(
-        self, token_ids: list[int], context: Holding | None = None, *, logits_of: int = 1, becomes: int | None = None
+        self,
+        token_ids: list[int],
+        context: Holding | None = None,
+        *,
+        logits_of: int = 1,
+        becomes: int | None = None,
+        retention: Retention | None = None,
     ) -> Row:
         """A row that starts from a context's tables if they can serve, else from the longest cached prefix.
 
         Args:
             logits_of: of how many last tokens logits are wanted; these are left to be computed.
             becomes: how long the sequence will be whose rotary factors are used; by default as long as it is.
+            retention: the policy that it is under, that of the context if this is under one.
         """
         regime = self._binding.regime(len(token_ids) if becomes is None else becomes)
-        reusable = len(token_ids) - logits_of
-        if context is not None and context.cached is not None and context.regime == regime:
-            cached = self._cut(context.cached, min(reusable, context.cached.tokens))
-            if cached is not None:
-                return Row(token_ids, cached, regime)
-        return Row(token_ids, self._open_tables(token_ids[: reusable + 1], regime), regime)
+        cached = self._continued(token_ids, context, regime, logits_of, retention)
+        if cached is None:
+            reusable = _reusable(len(token_ids), logits_of, retention)
+            cached = self._open_tables(token_ids[: reusable + 1], regime)
+        trained = self._binding.max_tokens
+        return Row(token_ids, begin(cached, retention, prompt_tokens=len(token_ids), trained_tokens=trained), regime)
+
+    def _continued(
+        self,
+        token_ids: list[int],
+        context: Holding | None,
+        regime: Regime,
+        logits_of: int,
+        retention: Retention | None,
+    ) -> CachedSequence | None:
+        """A fork of a context's tables; None if they cannot serve."""
+        if context is None or context.cached is None or context.regime != regime:
+            return None
+        begins = retention if context.cached.retained is None else None
+        reusable = _reusable(len(token_ids), logits_of, begins)
+        return self._cut(context.cached, min(reusable, context.cached.tokens))
 
     def ensure_open(self, row: Row) -> None:
         """Give tables to a row that has none."""
@@ -151,6 +175,7 @@ class CachedRows:
                 # Before windows let go of what only the prefix index may still want.
                 self.remember(row)
         self._cache.commit(extension)
+        retain(self._cache, extension.sequences, plan)
         return result
 
     def _extend(self, work: Sequence[tuple[Row, int]]) -> Extension:
@@ -179,3 +204,9 @@ class CachedRows:
         fork = self._cache.fork(cached)
         self._cache.truncate(fork, tokens)
         return fork
+
+
+def _reusable(tokens: int, logits_of: int, retention: Retention | None) -> int:
+    """How many leading tokens of a prompt may come from what full attention has computed before."""
+    reusable = tokens - logits_of
+    return reusable if retention is None else min(reusable, retention.reusable(tokens))

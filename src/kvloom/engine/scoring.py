@@ -15,9 +15,11 @@ from torch import Tensor
 
 from kvloom.blocks.table import blocks_of
 from kvloom.cache import KVCache
+from kvloom.cache.retention import Retention
 from kvloom.engine.admission import Admission, Blocks
 from kvloom.engine.holding import Holding
 from kvloom.engine.request import Row, Usage
+from kvloom.engine.retaining import dropped_tokens
 from kvloom.engine.rows import CachedRows
 from kvloom.errors import NumericalError
 from kvloom.models import Binding
@@ -64,6 +66,7 @@ class CachedScorer:
         continuations: token ids, each of at least one token.
         context: tables that hold the beginning of the prompt.
         step_tokens: the most tokens of a forward pass.
+        retention: the settled policy of prompt and continuations.
     """
 
     def __init__(
@@ -76,22 +79,26 @@ class CachedScorer:
         continuations: Sequence[list[int]],
         context: Holding | None,
         step_tokens: int,
+        retention: Retention | None = None,
     ) -> None:
         self._rows, self._cache, self._binding = rows, cache, binding
         self._prompt_ids, self._continuations, self._context = prompt_ids, continuations, context
-        self._step_tokens = step_tokens
+        self._step_tokens, self._retention = step_tokens, retention
         # The last token of a continuation is never run: nothing follows it.
         self._lengths = [len(own) - 1 for own in continuations]
         self._logprobs: list[list[float]] = [[] for _ in continuations]
         self._peak: Blocks = (0,) * len(cache.groups)
         self._peak_bytes = 0
+        self._dropped_tokens = 0
 
     def worst_case(self, admission: Admission) -> Blocks:
         """The most blocks that are held at once beyond those of the context."""
         cases = []
         for regime, members in self._regimes():
             context = self._context if regime == self._binding.regime(len(self._prompt_ids)) else None
-            prompt = admission.worst_case(prompt_tokens=len(self._prompt_ids), new_tokens=0, rows=1, context=context)
+            prompt = admission.worst_case(
+                prompt_tokens=len(self._prompt_ids), new_tokens=0, rows=1, context=context, retention=self._retention
+            )
             cases.append(tuple(own + more for own, more in zip(prompt, self._most_blocks(members), strict=True)))
         return tuple(max(group) for group in zip(*cases, strict=True))
 
@@ -101,7 +108,7 @@ class CachedScorer:
         found = computed = 0
         for _, members in self._regimes():
             becomes = len(self._prompt_ids) + self._lengths[members[0]]
-            prompt = self._rows.open(self._prompt_ids, self._context, becomes=becomes)
+            prompt = self._rows.open(self._prompt_ids, self._context, becomes=becomes, retention=self._retention)
             found += prompt.computed
             computed += prompt.pending
             try:
@@ -116,6 +123,7 @@ class CachedScorer:
             peak_blocks=max(self._peak),
             peak_bytes=self._peak_bytes,
             seconds=time.perf_counter() - start,
+            dropped_tokens=self._dropped_tokens,
         )
         return Scored([_checked(own) for own in self._logprobs], usage)
 
@@ -177,7 +185,9 @@ class CachedScorer:
         return most
 
     def _note_peak(self, rows: Sequence[Row]) -> None:
-        held = self._cache.blocks_held([row.cached for row in rows if row.cached is not None])
+        cached = [row.cached for row in rows if row.cached is not None]
+        held = self._cache.blocks_held(cached)
+        self._dropped_tokens = max([self._dropped_tokens, *(dropped_tokens(self._cache, own) for own in cached)])
         self._peak = tuple(max(pair) for pair in zip(self._peak, held, strict=True))
         self._peak_bytes = max(self._peak_bytes, self._cache.bytes_of(held))
 

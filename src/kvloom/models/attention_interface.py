@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvloom.attention import Plan, torch_ops
+from kvloom.attention.turn import Turn
 from kvloom.cache import LayerShape, Store
 from kvloom.errors import ModelError, UnsupportedModel
 from kvloom.models.binding import Regime
@@ -29,6 +30,7 @@ from kvloom.models.looking import LOOK, Look, look
 from kvloom.models.packed import PackedLinears
 from kvloom.models.probe import PROBE, PROBE_TOKENS, Probe, run_probe
 from kvloom.models.rotary import RotaryRegimes
+from kvloom.models.turning import TURNING, Recorded, prove_turns
 
 NAME = "kvloom"
 
@@ -44,6 +46,7 @@ class _Step:
     store: Store
     layer_of: dict[nn.Module, int]
     group_of_layer: tuple[int, ...]
+    turns: tuple[Turn | None, ...] | None
 
 
 def _attention(
@@ -67,15 +70,21 @@ def _attention(
     layer = kvloom.layer_of[module]
     plan = kvloom.plan.groups[kvloom.group_of_layer[layer]]
     kvloom.store.write(layer, plan.write_slots, key[0], value[0])
+    queries, keys = query[0].transpose(0, 1), kvloom.store.keys[layer]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = torch_ops.attend(
-        query[0].transpose(0, 1),
-        kvloom.store.keys[layer],
+        queries,
+        keys,
         kvloom.store.values[layer],
         plan,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        scale=scale,
         softcap=softcap,
         sinks=s_aux,
+        turn=None if kvloom.turns is None else kvloom.turns[layer],
+        bounds=kvloom.store.bounds[layer],
     )
+    if plan.observation is not None:
+        plan.observation.add(queries, keys, plan, scale=scale, softcap=softcap, sinks=s_aux)
     # Some models go on with `view`, which wants what their own attention returns: contiguous.
     return output[None].contiguous(), None
 
@@ -113,6 +122,7 @@ class AttentionInterfaceBinding:
         self._group_of_layer: tuple[int, ...] | None = None
         self.packed: PackedLinears | None = None
         self._identity: tuple[bytes, Identity] | None = None
+        self._turns: tuple[Turn | None, ...] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -183,12 +193,20 @@ class AttentionInterfaceBinding:
         """Which rotary factors a sequence of that many tokens uses."""
         return self._rotary.regime(tokens)
 
+    def turns(self) -> tuple[Turn | None, ...]:
+        """How each layer's queries turn with their positions, proven when first asked for."""
+        if self._turns is None:
+            if self._rotary.depend_on_length:
+                raise UnsupportedModel("its rotary factors depend on the length of a sequence")
+            self._turns = prove_turns(self.model, self._forward_turning, self.dtype)
+        return self._turns
+
     @torch.no_grad()
     def forward(self, token_ids: Tensor, plan: Plan, store: Store, *, regime: Regime) -> Tensor:
         """One ragged row [1, tokens] with explicit positions: no padding, no mask, no cache of transformers' own."""
         if self._group_of_layer is None:
             self._group_of_layer = store.layout.group_of_layer
-        step = _Step(plan, store, self._layer_of, self._group_of_layer)
+        step = _Step(plan, store, self._layer_of, self._group_of_layer, self._turns)
         packed = nullcontext() if self.packed is None else self.packed.active()
         with self._lock, self._attention_is(NAME), self._rotary.fixed(regime), packed:
             output = self.model(
@@ -242,6 +260,17 @@ class AttentionInterfaceBinding:
             self._rotary.fixed(self.regime(PROBE_TOKENS)),
         ):
             self.model(input_ids=token_ids, position_ids=positions, use_cache=False, kvloom=probe)
+
+    @torch.no_grad()
+    def _forward_turning(self, positions: Tensor, recorded: Recorded) -> Tensor:
+        token_ids = torch.full((1, len(positions)), min(1, self.vocab_size - 1), device=self.device)
+        packed = nullcontext() if self.packed is None else self.packed.active()
+        with self._lock, self._attention_is(TURNING), packed:
+            output = self.model(
+                input_ids=token_ids, position_ids=positions[None].to(self.device), use_cache=False, kvloom=recorded
+            )
+        logits: Tensor = output.logits[0]
+        return logits
 
     @contextmanager
     def _attention_is(self, implementation: str) -> Iterator[None]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvloom.attention import Plan
+from kvloom.attention.turn import Turn
 from kvloom.cache import LayerShape, Store
 from kvloom.models.identity import Identity
 
@@ -63,6 +64,14 @@ class Binding(Protocol):
 
     def regime(self, tokens: int) -> Regime:
         """The regime of a sequence of that many tokens; a sequence whose regime changes is computed anew."""
+        ...
+
+    def turns(self) -> tuple[Turn | None, ...]:
+        """How each layer's queries turn with their positions (None: they do not), once that has been proven.
+
+        Raises `UnsupportedModel` if they cannot be moved to other positions; the message is the reason, as in "it has
+        no rotary embedding".
+        """
         ...
 
     def forward(self, token_ids: Tensor, plan: Plan, store: Store, *, regime: Regime) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvloom.attention import Plan
+from kvloom.attention.turn import Turn
 from kvloom.cache import LayerShape, Store
 from kvloom.errors import UnsupportedModel
 from kvloom.models.binding import Regime
@@ -57,6 +58,10 @@ class CallableBinding:
     def regime(self, tokens: int) -> Regime:
         """One regime: whatever depends on the length is recomputed anyway."""
         return None
+
+    def turns(self) -> tuple[Turn | None, ...]:
+        """Refused: what a callable does with positions cannot be seen."""
+        raise UnsupportedModel("a callable does not show its attention")
 
     def forward(self, token_ids: Tensor, plan: Plan, store: Store, *, regime: Regime) -> Tensor:
         """Never called: a binding without layers has no plan."""

@@ -65,6 +65,11 @@ class RotaryRegimes:
     def __init__(self, model: torch.nn.Module) -> None:
         self._factors = [factors for module in model.modules() for factors in _factors_of(module)]
 
+    @property
+    def depend_on_length(self) -> bool:
+        """Whether any factor depends on a sequence's length."""
+        return bool(self._factors)
+
     def regime(self, tokens: int) -> Regime:
         """What the factors of a sequence of that many tokens depend on."""
         return tuple(factors.regime(tokens) for factors in self._factors)
