@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvloom.decoding.base import HostStep, Hypothesis, Step
+from kvloom.decoding.history import History
 from kvloom.decoding.randomness import Uniforms, sample_seed
 from kvloom.decoding.shared import Shared, filled
 from kvloom.decoding.trace import Record, Trace
@@ -18,11 +19,9 @@ class SamplingStep(Step):
     """A `Step` with what the next one needs.
 
     Attributes:
-        sequences: int64[rows_after, length], prompt and new tokens of each row.
         record: what the trace keeps of it.
     """
 
-    sequences: Tensor
     record: Record
 
 
@@ -43,7 +42,8 @@ class GreedyOrSampling:
         self._prompt_ids = list(prompt_ids)
         self._shared = shared
         self._trace = Trace(shared.observer)
-        self._history = torch.tensor([prompt_ids], dtype=torch.int64, device=shared.device)
+        prompt = torch.tensor([prompt_ids], dtype=torch.int64, device=shared.device)
+        self._history = History(prompt.expand(samples, -1))
         self._live = list(range(samples))
         self._live_index = torch.arange(samples, device=shared.device)
         self._ends: dict[int, tuple[int, int]] = {}
@@ -70,34 +70,31 @@ class GreedyOrSampling:
         assert logits.shape[0] == self.rows, f"{logits.shape[0]} rows of logits for {self.rows} sequences"
         parents = self._parents()
         raw = self._shared.observer.logprobs(logits)
-        history = self._fan_out(self._history)
-        tokens, possible = self._choose(self._processed(history, self._fan_out(logits.float())))
+        tokens, possible = self._choose(self._processed(self._fan_out(logits.float())))
         logprobs = torch.where(possible, raw[parents, tokens], torch.nan)
-        sequences = torch.cat([history, tokens[:, None]], dim=1)
-        stops = self._shared.stopping.check(sequences)
+        stops = self._shared.stopping.check(self._history.followed_by(tokens))
         extras = self._shared.observer.extras(logits, raw)
         return SamplingStep(
             tokens=tokens,
             parents=parents,
             finished=stops.finished,
             logprobs=logprobs,
-            sequences=sequences,
             record=Record(tokens, parents, logprobs, stops.stopped, extras),
         )
 
     def _parents(self) -> Tensor:
         """int64[rows_after]: each row continues itself, except that all samples start from the prompt."""
-        rows = torch.arange(len(self._live), device=self._history.device)
+        rows = torch.arange(len(self._live), device=self._shared.device)
         return rows if len(self._trace) else torch.zeros_like(rows)
 
     def _fan_out(self, rows: Tensor) -> Tensor:
         return rows if len(self._trace) else rows.expand(len(self._live), -1)
 
-    def _processed(self, history: Tensor, scores: Tensor) -> Tensor:
+    def _processed(self, scores: Tensor) -> Tensor:
         if not self._shared.processors:
             return scores
         # A processor may write into the scores; the logits are the engine's.
-        return self._shared.process(history.contiguous(), scores.clone())
+        return self._shared.process(self._history.rows.contiguous(), scores.clone())
 
     def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The token of each row, int64[rows], and whether it was possible at all, bool[rows]."""
@@ -113,11 +110,11 @@ class GreedyOrSampling:
         position = len(self._trace)
         kept = [row for row, finished in enumerate(host.finished) if not finished]
         self._ends |= {self._live[row]: (position, row) for row, finished in enumerate(host.finished) if finished}
-        index = torch.arange(len(host.finished), device=step.tokens.device)
-        self._history = step.sequences
-        if len(kept) < len(host.finished):
-            index = torch.tensor(kept, dtype=torch.int64, device=step.tokens.device)
-            self._history, self._live_index = step.sequences[index], self._live_index[index]
+        all_kept = len(kept) == len(host.finished)
+        index = torch.tensor(kept, dtype=torch.int64, device=step.tokens.device)
+        self._history.advance(None if all_kept else index)
+        if not all_kept:
+            self._live_index = self._live_index[index]
             self._live = [self._live[row] for row in kept]
         self._trace.append(step.record, index)
 

@@ -95,73 +95,106 @@ class Trace:
 
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
-        self._records: list[Record] = []
-        self._kept: list[Tensor] = []
+        self._tokens, self._parents, self._logprobs, self._kept = (_Column() for _ in range(4))
+        self._stopped, self._top_ids, self._top_logprobs = (_Column() for _ in range(3))
+        self._logits: list[Tensor] = []
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._tokens)
 
     def append(self, record: Record, kept: Tensor) -> None:
         """Add a step. `kept`, int64[next rows], says which candidate each row of the next step is."""
-        self._records.append(record)
+        self._tokens.append(record.tokens)
+        self._parents.append(record.parents)
+        self._logprobs.append(record.logprobs)
         self._kept.append(kept)
+        if record.stopped is not None:
+            self._stopped.append(record.stopped)
+        if record.extras.top_ids is not None and record.extras.top_logprobs is not None:
+            self._top_ids.append(record.extras.top_ids)
+            self._top_logprobs.append(record.extras.top_logprobs)
+        if record.extras.logits is not None:
+            self._logits.append(record.extras.logits)
 
     def paths(self, ends: Sequence[tuple[int, int]]) -> list[Path]:
         """The sequences that end with the given `(step, candidate)`; a negative step is an empty sequence."""
-        steps = _Steps(self._records, self._kept)
+        steps = _Steps(
+            tokens=self._tokens.lists(),
+            parents=self._parents.lists(),
+            logprobs=self._logprobs.lists(),
+            kept=self._kept.lists(),
+            stopped=self._stopped.lists(),
+            top_ids=self._top_ids.lists(),
+            top_logprobs=self._top_logprobs.lists(),
+        )
         return [self._path(steps, *end) for end in ends]
 
     def _path(self, steps: _Steps, last: int, candidate: int) -> Path:
-        stopped = last >= 0 and steps.stopped(last, candidate)
-        visits = self._walk_back(steps, last, candidate)
+        visits = steps.walk_back(last, candidate)
         asked = self._observer
         return Path(
             token_ids=[steps.tokens[step][candidate] for step, candidate, _ in visits],
             logprobs=[steps.logprobs[step][candidate] for step, candidate, _ in visits],
-            stopped=stopped,
+            stopped=last >= 0 and bool(steps.stopped) and steps.stopped[last][candidate],
             top_logprobs=[steps.top(step, row) for step, _, row in visits] if asked.top_logprobs else None,
-            logits=self._logits(visits) if asked.output_logits else None,
+            logits=self._logits_of(visits) if asked.output_logits else None,
         )
 
-    def _walk_back(self, steps: _Steps, last: int, candidate: int) -> list[tuple[int, int, int]]:
-        """`(step, candidate, row)` of each token of a sequence, first token first."""
-        visits = []
-        for step in range(last, -1, -1):
-            row = steps.parents[step][candidate]
-            visits.append((step, candidate, row))
-            candidate = steps.kept[step - 1][row] if step else 0
-        return visits[::-1]
-
-    def _logits(self, visits: list[tuple[int, int, int]]) -> Tensor:
-        kept = [(self._records[step].extras.logits, row) for step, _, row in visits]
-        rows = [logits[row] for logits, row in kept if logits is not None]
+    def _logits_of(self, visits: list[tuple[int, int, int]]) -> Tensor:
+        rows = [self._logits[step][row] for step, _, row in visits]
         return torch.stack(rows).float() if rows else torch.empty(0, 0)
 
 
+FOLDED_STEPS = 512
+
+
+class _Column:
+    """One small tensor a step. Long columns are folded into few large tensors, as a stream may have 100,000 steps."""
+
+    def __init__(self) -> None:
+        self._lengths: list[int] = []
+        self._folded: list[Tensor] = []
+        self._recent: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def append(self, tensor: Tensor) -> None:
+        """Add the tensor of a step."""
+        self._lengths.append(tensor.shape[0])
+        self._recent.append(tensor)
+        if len(self._recent) == FOLDED_STEPS:
+            self._folded.append(torch.cat(self._recent))
+            self._recent = []
+
+    def lists(self) -> list[Any]:
+        """Each tensor as a nested list, with one transfer from the device for all."""
+        if not self._lengths:
+            return []
+        values = iter(torch.cat([*self._folded, *self._recent]).tolist())
+        return [list(islice(values, length)) for length in self._lengths]
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Steps:
-    """All records as Python lists, indexed by step; each field crosses to the host in one go."""
+    """All columns as Python lists, indexed by step; the last three are empty unless they were kept."""
 
-    def __init__(self, records: list[Record], kept: list[Tensor]) -> None:
-        extras = [record.extras for record in records]
-        self.tokens: list[list[int]] = _to_lists([record.tokens for record in records])
-        self.parents: list[list[int]] = _to_lists([record.parents for record in records])
-        self.logprobs: list[list[float]] = _to_lists([record.logprobs for record in records])
-        self.kept: list[list[int]] = _to_lists(kept)
-        self._stopped: list[list[bool]] = _to_lists([record.stopped for record in records])
-        self._ids: list[list[list[int]]] = _to_lists([extra.top_ids for extra in extras])
-        self._tops: list[list[list[float]]] = _to_lists([extra.top_logprobs for extra in extras])
+    tokens: list[list[int]]
+    parents: list[list[int]]
+    logprobs: list[list[float]]
+    kept: list[list[int]]
+    stopped: list[list[bool]]
+    top_ids: list[list[list[int]]]
+    top_logprobs: list[list[list[float]]]
 
-    def stopped(self, step: int, candidate: int) -> bool:
-        return bool(self._stopped) and self._stopped[step][candidate]
+    def walk_back(self, last: int, candidate: int) -> list[tuple[int, int, int]]:
+        """`(step, candidate, row)` of each token of a sequence, first token first."""
+        visits = []
+        for step in range(last, -1, -1):
+            row = self.parents[step][candidate]
+            visits.append((step, candidate, row))
+            candidate = self.kept[step - 1][row] if step else 0
+        return visits[::-1]
 
     def top(self, step: int, row: int) -> TopLogprobs:
-        return TopLogprobs(self._ids[step][row], self._tops[step][row])
-
-
-def _to_lists(tensors: Sequence[Tensor | None]) -> list[Any]:
-    """Each tensor as a nested list, with one transfer from the device for all; empty if none were kept."""
-    present = [tensor for tensor in tensors if tensor is not None]
-    if not present:
-        return []
-    values = iter(torch.cat(present).tolist())
-    return [list(islice(values, tensor.shape[0])) for tensor in present]
+        return TopLogprobs(self.top_ids[step][row], self.top_logprobs[step][row])

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,9 +29,9 @@ from kvloom.engine.admission import Admission
 from kvloom.engine.children import children
 from kvloom.engine.events import Event, RequestFinished, StepDone
 from kvloom.engine.holding import Holding, Holdings
+from kvloom.engine.peaks import note_peaks
 from kvloom.engine.planner import default_budget_bytes
 from kvloom.engine.request import Request, Row
-from kvloom.engine.retaining import dropped_tokens
 from kvloom.engine.rows import CachedRows
 from kvloom.engine.scheduler import Scheduled, schedule
 from kvloom.engine.scoring import CachedScorer, Scored, score_uncached
@@ -364,8 +365,6 @@ class Engine:
         scheduled = schedule(requests, step_tokens=self.step_tokens)
         for regime in dict.fromkeys(item.row.regime for item in scheduled):
             self._forward_together([item for item in scheduled if item.row.regime == regime])
-        for request in {id(item.request): item.request for item in scheduled}.values():
-            self._note_peak(request)
         computed = [_prompt_part(item) for item in scheduled]
         for item, prompt_tokens in zip(scheduled, computed, strict=True):
             item.request.computed_prompt_tokens += prompt_tokens
@@ -386,8 +385,14 @@ class Engine:
 
     def _forward_together(self, items: Sequence[Scheduled]) -> None:
         """One forward pass; rows that are complete get their logits."""
+        assert self.cache is not None, "only rows on a cache run together"
+        note = partial(note_peaks, self.cache, {id(item.request): item.request for item in items}.values())
         ends = [item.row.computed + item.count == len(item.row.token_ids) for item in items]
-        logits = self._rows.forward([(item.row, item.count) for item in items], logits=[int(end) for end in ends])
+        logits = self._rows.forward(
+            [(item.row, item.count) for item in items],
+            logits=[int(end) for end in ends],
+            on_held=note,
+        )
         complete = [item.row for item, end in zip(items, ends, strict=True) if end]
         for row, own in zip(complete, logits, strict=True):
             row.logits = own
@@ -403,15 +408,6 @@ class Engine:
             request.computed_prompt_tokens += prompt_tokens
             computed += prompt_tokens
         return computed
-
-    def _note_peak(self, request: Request) -> None:
-        assert self.cache is not None, "only a cache has blocks"
-        rows = [row.cached for row in (*request.rows, *request.finished_rows) if row.cached is not None]
-        held = self.cache.blocks_held(rows)
-        before = request.peak_by_group or held
-        request.peak_by_group = tuple(max(pair) for pair in zip(before, held, strict=True))
-        request.peak_bytes = max(request.peak_bytes, self.cache.bytes_of(held))
-        request.dropped_tokens = max([request.dropped_tokens, *(dropped_tokens(self.cache, row) for row in rows)])
 
     # ---- decide and apply ----------------------------------------------------------------------------------
 

@@ -116,7 +116,9 @@ class CachedRows:
         cached = self._cut(holding.cached, min(tokens, holding.cached.tokens))
         return None if cached is None else self._holdings.add(cached, holding.regime, claimed=True)
 
-    def complete(self, row: Row, *, step_tokens: int, logits_of: int = 1) -> Tensor:
+    def complete(
+        self, row: Row, *, step_tokens: int, logits_of: int = 1, on_held: Callable[[], None] | None = None
+    ) -> Tensor:
         """Run all pending tokens of a row, in chunks, and remember its full blocks.
 
         Returns:
@@ -127,7 +129,7 @@ class CachedRows:
         while row.computed < tokens:
             count = min(tokens - row.computed, step_tokens)
             wanted = max(0, row.computed + count - max(row.computed, tokens - logits_of))
-            parts.append(self.forward([(row, count)], logits=[wanted]))
+            parts.append(self.forward([(row, count)], logits=[wanted], on_held=on_held))
         self.remember(row)
         return torch.cat(parts)
 
@@ -149,13 +151,21 @@ class CachedRows:
             raise
         return self.hold(row, claimed=True)
 
-    def forward(self, work: Sequence[tuple[Row, int]], *, logits: Sequence[int], remember: bool = True) -> Tensor:
+    def forward(
+        self,
+        work: Sequence[tuple[Row, int]],
+        *,
+        logits: Sequence[int],
+        remember: bool = True,
+        on_held: Callable[[], None] | None = None,
+    ) -> Tensor:
         """One forward pass over the next tokens of rows of one regime.
 
         Args:
             work: rows, and how many of their pending tokens run.
             logits: of how many of these tokens logits are wanted, the last ones of each row.
             remember: whether the prefix index shall know full blocks of rows that run several tokens.
+            on_held: called before retention policies let go of anything, when most is held.
 
         Returns:
             logits, float[sum(logits), vocab]. If the pass fails, all tables are as before.
@@ -175,6 +185,8 @@ class CachedRows:
                 # Before windows let go of what only the prefix index may still want.
                 self.remember(row)
         self._cache.commit(extension)
+        if on_held is not None:
+            on_held()
         retain(self._cache, extension.sequences, plan)
         return result
 

@@ -135,11 +135,10 @@ class CachedScorer:
 
     def _score(self, prompt: Row, members: list[int]) -> None:
         """Score continuations of one regime behind a prompt that is still to be computed, at least its last token."""
-        logits = self._rows.complete(prompt, step_tokens=self._step_tokens)
+        logits = self._rows.complete(prompt, step_tokens=self._step_tokens, on_held=lambda: self._note_peak([prompt]))
         firsts = [self._continuations[index][0] for index in members]
         for index, logprob in zip(members, token_logprobs(logits[-1:], firsts), strict=True):
             self._logprobs[index].append(logprob)
-        self._note_peak([prompt])
         live: dict[int, Row] = {}
         try:
             for work in passes(self._lengths, members, self._step_tokens):
@@ -155,8 +154,12 @@ class CachedScorer:
                 token_ids = [*self._prompt_ids, *self._continuations[index][:-1]]
                 live[index] = Row(token_ids, self._rows.fork_tables(prompt), prompt.regime)
         counts = [count for _, count in work]
-        logits = self._rows.forward([(live[index], count) for index, count in work], logits=counts, remember=False)
-        self._note_peak([prompt, *live.values()])
+        logits = self._rows.forward(
+            [(live[index], count) for index, count in work],
+            logits=counts,
+            remember=False,
+            on_held=lambda: self._note_peak([prompt, *live.values()]),
+        )
         targets: list[int] = []
         for index, count in work:
             done = len(self._logprobs[index])
