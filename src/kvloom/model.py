@@ -309,6 +309,7 @@ class LanguageModel:
             prompts=prompts,
             max_new_tokens=max_new_tokens,
             seed=seed,
+            retention=self.retention,
             on_progress=on_progress,
         )
 

@@ -25,6 +25,7 @@ from kvloom.cli.params import (
     sampling_options,
 )
 from kvloom.cli.prompts import read_ids, read_prompt
+from kvloom.cli.retention import read_retention, retention_options
 from kvloom.cli.terminal import is_file, is_terminal, note
 from kvloom.errors import InvalidRequest
 
@@ -112,6 +113,7 @@ COUNT = click.IntRange(min=1)
     section="Beam search",
     help="Stop when there are N hypotheses (true), when better ones are unlikely (false) or impossible (never).",
 )
+@retention_options
 @model_options
 @option(
     "--no-cache",
@@ -136,10 +138,13 @@ def generate(
     """
     text = read_prompt(prompt, example='kvloom generate "Once upon a time"')
     settings = {name: options.pop(name) for name in MODEL_SETTINGS}
+    retention = read_retention(options)
+    if retention is not None and options["no_cache"]:
+        raise click.UsageError("`--retention` and `--no-cache` contradict each other. Leave one away.")
     given = _given(options)
     ids = read_ids(text) if token_ids else None
     with _notes(ctx, quiet):
-        lm = load_model(quiet=quiet, **settings)
+        lm = load_model(quiet=quiet, retention=retention, **settings)
         job = _prepare(lm, text if ids is None else ids, given, model=model_name(settings["model"]), quiet=quiet)
         results = job.stream() if job.streams and not as_json else job.decode()
         if as_json:
@@ -251,6 +256,8 @@ class _Job:
         """For JSON."""
         settings = {name: value for name, value in asdict(self.resolved).items() if value not in (None, ())}
         settings.pop("max_position_embeddings", None)  # the model's, not a setting
+        if self.lm.retention is not None:
+            settings["retention"] = {"policy": type(self.lm.retention).__name__, **asdict(self.lm.retention)}
         return show.as_json(
             results[0].usage,
             results,
@@ -267,6 +274,7 @@ class _Job:
             results,
             seed=self.resolved.seed if self.resolved.do_sample else None,
             speed=self.meter.speed,
+            retention=None if self.lm.retention is None else type(self.lm.retention).__name__,
             **self._facts(),
         )
 
@@ -299,7 +307,8 @@ def _prepare(lm: LanguageModel, prompt: str | list[int], given: dict[str, Any], 
         raise InvalidRequest(f"{model} has no tokenizer. Pass token ids with --token-ids.")
     prompt_ids = read_prompt(prompt, lm.tokenizer, vocab_size=lm.vocab_size)
     if "max_new_tokens" not in given:
-        room = DEFAULT_NEW_TOKENS if lm.max_tokens is None else lm.max_tokens - len(prompt_ids)
+        bounded = lm.max_tokens is not None and not (lm.retention is not None and lm.retention.reindexes)
+        room = lm.max_tokens - len(prompt_ids) if bounded and lm.max_tokens is not None else DEFAULT_NEW_TOKENS
         given = {**given, "max_new_tokens": max(1, min(DEFAULT_NEW_TOKENS, room))}
     resolved = resolve(
         lm.generation_config, None, given, vocab_size=lm.vocab_size, max_position_embeddings=lm.max_tokens

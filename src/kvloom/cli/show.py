@@ -73,6 +73,7 @@ def _summary_rows(
     device: str,
     seed: int | None,
     speed: str,
+    retention: str | None,
 ) -> list[tuple[str, str, str]]:
     found, computed = usage.cached_prompt_tokens, usage.computed_prompt_tokens
     several = "" if len(generations) == 1 else f", {len(generations)} sequences"
@@ -86,6 +87,8 @@ def _summary_rows(
         rows.append(("cache", f"{_count(usage.peak_blocks, 'block')} at the peak", memory))
     else:
         rows.append(("cache", "off", ": everything was computed anew for each token"))
+    if retention is not None:
+        rows.append(("kept by", retention, f", {_count(usage.dropped_tokens, 'token')} of the sequence dropped"))
     rows.append(("finish", *_finish(generations)))
     if generations[0].score is not None and len(generations) == 1:
         rows.append(("score", f"{generations[0].score:.4f}", ", the sum of log-probabilities / length ^ penalty"))

@@ -9,6 +9,7 @@ import click
 from kvloom.cli import show
 from kvloom.cli.group import Command
 from kvloom.cli.params import load_model, model_name, model_options, option
+from kvloom.cli.retention import read_retention, retention_options
 from kvloom.cli.terminal import counting_runs, stdout_console
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ STYLES = {"equal": "green", "near tie": "yellow", "failed": "bold red"}
     section="Sampling",
     help="Of the sampling, and of random prompts where there is no tokenizer.",
 )
+@retention_options
 @model_options
 @click.pass_context
 def verify(
@@ -67,7 +69,8 @@ def verify(
     kvloom verify
     kvloom verify --model Qwen/Qwen2.5-0.5B-Instruct --dtype float32
     """
-    lm = load_model(quiet=quiet, **settings)
+    retention = read_retention(settings)
+    lm = load_model(quiet=quiet, retention=retention, **settings)
     with counting_runs("verify", quiet=quiet) as on_progress:
         report = lm.verify(list(prompts) or None, max_new_tokens=max_new_tokens, seed=seed, on_progress=on_progress)
     model = model_name(settings["model"])
@@ -92,6 +95,8 @@ def _print(report: Report, model: str) -> None:
             console.print(Text(explanation, style=STYLES[check.verdict]))
     if (advice := report.advice()) is not None:
         console.print(Text(advice))
+    if report.retention is not None:
+        console.print(Text(report.retention))
     style = "bold green" if report.ok else "bold red"
     console.print(Text(report.summary(), style=style if report.checks else "bold"), soft_wrap=True)
 

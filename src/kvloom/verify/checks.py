@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from kvloom.cache.retention import Retention
 from kvloom.engine import Engine
 from kvloom.engine.planner import worst_case_blocks
 from kvloom.errors import InvalidRequest, NumericalError
@@ -61,6 +62,7 @@ def verify(
     prompts: Any = None,
     max_new_tokens: int | None = None,
     seed: int = 0,
+    retention: Retention | None = None,
     on_progress: Progress | None = None,
 ) -> Report:
     """Compare cached with uncached decoding; see `LanguageModel.verify`, which calls this.
@@ -68,6 +70,7 @@ def verify(
     Args:
         make: gives a language model for an engine, with no generation config.
         engine: the user's: its binding, and how its cache is laid out.
+        retention: what the user's calls are under. The checks are not; what it does is told beside them.
     """
     began = time.perf_counter()
     binding = engine.binding
@@ -77,8 +80,11 @@ def verify(
     else:
         token_ids = read_prompts(prompts, tokenizer, vocab_size=binding.vocab_size).token_ids
     checks: tuple[Check, ...] = ()
+    told = None
     if engine.cache is not None:
-        checks = _Checks(_Runs(make, engine, token_ids, shape, seed, on_progress)).all()
+        compared = _Checks(_Runs(make, engine, token_ids, shape, seed, on_progress))
+        checks = compared.all()
+        told = None if retention is None else compared.retained(retention)
     return Report(
         binding=binding.name,
         dtype=str(binding.dtype).removeprefix("torch."),
@@ -88,6 +94,7 @@ def verify(
         seed=seed,
         num_beams=NUM_BEAMS,
         checks=checks,
+        retention=told,
         note="" if checks else "a callable has no cache, and is always run uncached.",
         seconds=time.perf_counter() - began,
     )
@@ -163,6 +170,7 @@ class _Runs:
                 budget_bytes=blocks * self._layout.bytes_per_row_of_blocks,
                 block_tokens=self._layout.block_tokens,
                 step_tokens=step_tokens,
+                block_bounds=self._layout.block_bounds,
             )
         )
 
@@ -281,6 +289,22 @@ class _Checks:
         runs.tell("greedy, in a batch")
         others = runs.decode_batch(runs.cached(*runs.prompts))
         return self._compare("greedy", ("alone", "in a batch"), self._cold, others, f"batch of {len(others)}")
+
+    def retained(self, policy: Retention) -> str:
+        """What a policy does to the greedy output, in a sentence. It is no check: its output is meant to be another."""
+        equal = new = dropped = 0
+        for prompt, cold in zip(self._runs.prompts, self._cold, strict=True):
+            try:
+                kept = self._runs.decode(self._runs.cached(prompt), prompt, do_sample=False, retention=policy)
+            except InvalidRequest as reason:
+                return f"{policy!r} was not run on these prompts: {reason}"
+            pairs = enumerate(zip(cold.token_ids, kept.token_ids, strict=False))
+            equal += next((index for index, (own, other) in pairs if own != other), len(cold.token_ids))
+            new, dropped = new + len(cold.token_ids), max(dropped, kept.dropped_tokens)
+        return (
+            f"{policy!r} was left out above. Under it greedy decoding of these prompts drops up to {dropped:,} tokens "
+            f"of a sequence, and {equal} of {new} new tokens are those of the full cache, up to the first other one."
+        )
 
     def _compare(
         self,

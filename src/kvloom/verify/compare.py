@@ -35,6 +35,7 @@ class Decoded:
     logits: Tensor
     score: float
     cached_prompt_tokens: int
+    dropped_tokens: int = 0
 
     @classmethod
     def of(cls, generation: Generation) -> Decoded:
@@ -46,6 +47,7 @@ class Decoded:
             logits=generation.logits.float().cpu(),
             score=generation.score or 0.0,
             cached_prompt_tokens=generation.usage.cached_prompt_tokens,
+            dropped_tokens=generation.usage.dropped_tokens,
         )
 
     @classmethod

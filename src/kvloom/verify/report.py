@@ -123,6 +123,7 @@ class Report:
         prompt_tokens: length of each prompt.
         max_new_tokens, seed, num_beams: as they were used.
         checks: in the order in which they ran; empty if there is no cache to verify, and then `note` says why.
+        retention: what the model's retention policy does to such output, in a sentence; None without one.
         seconds: what it took.
     """
 
@@ -136,6 +137,7 @@ class Report:
     checks: tuple[Check, ...]
     note: str
     seconds: float
+    retention: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -196,7 +198,7 @@ class Report:
             ).rstrip()
             for row in rows
         ]
-        notes = [text for text in (*(check.explain() for check in self.checks), self.advice()) if text]
+        notes = [text for text in (*(check.explain() for check in self.checks), self.advice(), self.retention) if text]
         return "\n".join([self.heading(), "", *table, "", self.legend(), *notes, self.summary()])
 
 
