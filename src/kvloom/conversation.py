@@ -185,7 +185,7 @@ class Conversation:
 
     def _room(self, tokens: int) -> int:
         """New tokens that may follow."""
-        limit = self.lm.max_tokens
+        limit = self.lm.longest
         wanted: int | None = self.options.get("max_new_tokens")
         if limit is None:
             return wanted or 512

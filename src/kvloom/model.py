@@ -64,6 +64,11 @@ class LanguageModel:
         """The model's context; None if it states none."""
         return self.binding.max_tokens
 
+    @property
+    def longest(self) -> int | None:
+        """The most tokens of a sequence: the model's context, or None where its retention policy outgrows that."""
+        return None if self.retention is not None and self.retention.reindexes else self.max_tokens
+
     # ---- generating ----------------------------------------------------------------------------------------
 
     def generate(
@@ -259,7 +264,7 @@ class LanguageModel:
             num_beams: sequences that share each prompt in a beam search; by default 1.
             num_return_sequences: of the beams; without beams, samples that share each prompt. By default 1.
             batch: prompts in one call, each counted as if it shared nothing with the others; by default 1.
-            block_tokens, budget_bytes: by default those of this model's cache.
+            block_tokens, budget_bytes, retention: by default those of this model.
 
         Returns:
             a `MemoryPlan`: exact bytes of weights and cache, an estimate of what a process takes besides, and what
@@ -274,7 +279,7 @@ class LanguageModel:
             plan = lm.plan(prompt_tokens=1024, num_beams=8)
             plan.cache_bytes, plan.fits, plan.longest_prompt
         """
-        return plan_for(self.engine, options)
+        return plan_for(self.engine, {"retention": self.retention, **options})
 
     def verify(
         self,

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvloom.cache import CacheLayout
+from kvloom.cache.retention import Retention, TopBlocks
 from kvloom.calls import check_length
 from kvloom.engine import Engine
 from kvloom.engine.engine import STEP_TOKENS
@@ -29,6 +30,7 @@ from kvloom.engine.footprint import (
 )
 from kvloom.engine.planner import default_budget_bytes, request_blocks, worst_case_blocks
 from kvloom.engine.rehearsal import step_bytes
+from kvloom.engine.retaining import check_policy
 from kvloom.errors import CacheFull, InvalidRequest, UnknownOption, UnsupportedModel, UnsupportedOption
 from kvloom.loading import load_config, read_dtype
 from kvloom.models import AttentionInterfaceBinding, Binding
@@ -43,7 +45,6 @@ CURVE_POINTS = 64
 # What is designed and does not exist yet; naming the present way is allowed.
 ONE_VALUE_ONLY = {
     "codec": ("native", "keys and values are kept in the model's own dtype"),
-    "retention": (None, "every token that its layer can still see is kept"),
 }
 OPTIONS = (
     "prompt_tokens",
@@ -54,6 +55,7 @@ OPTIONS = (
     "dtype",
     "block_tokens",
     "budget_bytes",
+    "retention",
     *ONE_VALUE_ONLY,
 )
 
@@ -112,6 +114,7 @@ class MemoryPlan:
         max_tokens: the model's context; None if it states none.
         prompt_tokens, max_new_tokens, num_beams, num_return_sequences, batch: of the request; `batch` prompts.
         rows: sequences that each prompt fans out to.
+        retention: the policy that the sequences are under; None without one.
         layout: what each layer keeps, and the block size.
         groups: blocks, for each layer group.
         weights: see `Weights`.
@@ -138,6 +141,7 @@ class MemoryPlan:
     num_return_sequences: int
     batch: int
     rows: int
+    retention: Retention | None
     layout: CacheLayout = field(repr=False)
     groups: tuple[GroupPlan, ...]
     weights: Weights
@@ -214,7 +218,8 @@ class MemoryPlan:
         """Cache bytes against length: (prompt tokens, shared, apart), up to twice the prompt or the model's context."""
         longest = 2 * self.prompt_tokens or DEFAULT_PROMPT_TOKENS
         if self.max_tokens is not None:
-            longest = min(longest, self.max_tokens - self.max_new_tokens)
+            # A policy may take new tokens, but not prompts as they are drawn here, past the context.
+            longest = min(longest, max(self.prompt_tokens, self.max_tokens - self.max_new_tokens))
         # Whole blocks, so that rounding to them does not show as steps.
         block = self.layout.block_tokens
         step = max(1, -(-longest // (CURVE_POINTS * block))) * block
@@ -233,6 +238,7 @@ class MemoryPlan:
             "model": self.model,
             "dtype": str(self.dtype).removeprefix("torch."),
             **{name: getattr(self, name) for name in plain},
+            "retention": None if self.retention is None else repr(self.retention),
             "block_tokens": self.layout.block_tokens,
             "bytes_per_token": self.layout.bytes_per_token,
             "layers": [
@@ -342,6 +348,7 @@ class _Request:
     batch: int
     block_tokens: int
     budget_bytes: int | None
+    retention: Retention | None
 
     @classmethod
     def checked(cls, options: dict[str, Any]) -> _Request:
@@ -352,6 +359,7 @@ class _Request:
         for name, (only, instead) in ONE_VALUE_ONLY.items():
             if given.pop(name, only) != only:
                 raise UnsupportedOption(f"`{name}={options[name]}` does not exist in this version: {instead}.")
+        check_policy(retention := given.pop("retention", None))
         for name, value in given.items():
             least = 0 if name in ("prompt_tokens", "max_new_tokens") else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -367,10 +375,12 @@ class _Request:
             batch=given.get("batch", 1),
             block_tokens=given.get("block_tokens", 16),
             budget_bytes=given.get("budget_bytes"),
+            retention=retention,
         )
 
     def lengths(self, limit: int | None) -> tuple[int, int]:
-        """Prompt and new tokens, within the model's context."""
+        """Prompt and new tokens, within the model's context, unless a policy outgrows it."""
+        limit = None if self.retention is not None and self.retention.reindexes else limit
         new = self.max_new_tokens
         if new is None:
             # Half of a short context, or what the prompt leaves of it.
@@ -396,19 +406,39 @@ def _plan(
     budget_bytes: int | None = None,
     step_tokens: int = STEP_TOKENS,
 ) -> MemoryPlan:
-    layout = CacheLayout(layers=binding.layers, dtype=binding.dtype, block_tokens=request.block_tokens)
+    policy = request.retention
+    layout = CacheLayout(
+        layers=binding.layers,
+        dtype=binding.dtype,
+        block_tokens=request.block_tokens,
+        block_bounds=isinstance(policy, TopBlocks),
+    )
     prompt, new = request.lengths(binding.max_tokens)
+    if policy is not None:
+        policy.check(prompt_tokens=prompt, block_tokens=layout.block_tokens)
     rows = max(request.num_beams, request.num_return_sequences)
 
     def blocks_at(tokens: int, apart: bool) -> tuple[int, ...]:
         """Blocks of the whole batch."""
         if apart:
             own = worst_case_blocks(
-                layout, prompt_tokens=tokens, new_tokens=new, rows=rows, step_tokens=step_tokens, shares_prompt=False
+                layout,
+                prompt_tokens=tokens,
+                new_tokens=new,
+                rows=rows,
+                step_tokens=step_tokens,
+                shares_prompt=False,
+                retention=policy,
             )
         else:
             own = request_blocks(
-                binding, layout, prompt_tokens=tokens, new_tokens=new, rows=rows, step_tokens=step_tokens
+                binding,
+                layout,
+                prompt_tokens=tokens,
+                new_tokens=new,
+                rows=rows,
+                step_tokens=step_tokens,
+                retention=policy,
             )
         return tuple(request.batch * blocks for blocks in own)
 
@@ -429,6 +459,7 @@ def _plan(
         num_return_sequences=request.num_return_sequences,
         batch=request.batch,
         rows=rows,
+        retention=policy,
         layout=layout,
         groups=tuple(
             GroupPlan(
@@ -445,7 +476,7 @@ def _plan(
         budget_is_default=request.budget_bytes is None,
         pool_blocks=pool,
         requests_at_once=min(request.batch, *(pool * request.batch // blocks for blocks in need)),
-        longest_sequence=_longest_sequence(layout, pool, step_tokens),
+        longest_sequence=_longest_sequence(layout, pool, step_tokens, policy),
         longest_prompt=_longest_prompt(layout, pool, binding.max_tokens, new, lambda tokens: blocks_at(tokens, False)),
         scratch_bytes=step_bytes(
             weightless,
@@ -476,11 +507,13 @@ def _pool_blocks(layout: CacheLayout, budget_bytes: int) -> int:
     return blocks
 
 
-def _longest_sequence(layout: CacheLayout, pool: int, step_tokens: int) -> int | None:
+def _longest_sequence(layout: CacheLayout, pool: int, step_tokens: int, retention: Retention | None) -> int | None:
     """The longest single sequence that a pool holds; None if every layer forgets, and what it keeps fits."""
 
     def fits(tokens: int) -> bool:
-        need = worst_case_blocks(layout, prompt_tokens=tokens, new_tokens=0, rows=1, step_tokens=step_tokens)
+        need = worst_case_blocks(
+            layout, prompt_tokens=tokens, new_tokens=0, rows=1, step_tokens=step_tokens, retention=retention
+        )
         return max(need) <= pool
 
     # A group that forgets nothing fills the pool at this length.

@@ -115,7 +115,7 @@ def test_without_matplotlib_the_plot_is_refused_with_the_remedy(
         (["--budget", "many"], "'many' is not a size"),
         (["--num-beams", "2", "--num-return-sequences", "3"], "`--num-return-sequences 3` exceeds `--num-beams 2`"),
         (["--codec", "int8"], "`--codec int8` does not exist in this version"),
-        (["--retention", "sinks"], "`--retention sinks` does not exist in this version"),
+        (["--retention", "sinks"], "'sinks' is not one of 'sink-window'"),
         (["--prompt-tokens", "300"], "the model's context of 256 leaves no room"),
         (["--dtype", "int8"], "`--dtype int8` is not a floating-point dtype"),
         (["--plot", "plan.svg"], "must end with .png"),

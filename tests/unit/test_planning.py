@@ -368,7 +368,7 @@ def test_a_rehearsal_leaves_the_model_as_it_was() -> None:
             UnsupportedOption,
             r"`codec=int8` does not exist in this version: keys and values are kept",
         ),
-        ({"retention": "sinks"}, UnsupportedOption, r"`retention=sinks` does not exist in this version"),
+        ({"retention": "sinks"}, InvalidRequest, r"`retention` must be a policy"),
         ({"prompt_tokens": 250, "max_new_tokens": 7}, PromptTooLong, r"250 prompt tokens and 7 new ones exceed .* 256"),
         ({"prompt_tokens": 300}, PromptTooLong, r"300 tokens; the model's context of 256 leaves no room"),
         ({"prompt_tokens": 0, "max_new_tokens": 0}, InvalidRequest, r"nothing to plan"),

@@ -15,6 +15,7 @@ import click
 
 from kvloom.cli.group import Command
 from kvloom.cli.params import imply_sampling, load_model, model_name, model_options, option, sampling_options
+from kvloom.cli.retention import read_retention, retention_options
 from kvloom.cli.show import print_piece
 from kvloom.cli.terminal import complain, end_line, is_terminal, note
 from kvloom.errors import InvalidRequest, KVLoomError
@@ -49,6 +50,7 @@ Ctrl-C stops an answer; what was said so far stays."""
 )
 @option("-q", "--quiet", is_flag=True, section="Conversation", help="No notes, no line about each turn.")
 @sampling_options
+@retention_options
 @model_options
 def chat(system: str | None, quiet: bool, **options: Any) -> None:
     """Talk with a model.
@@ -60,9 +62,10 @@ def chat(system: str | None, quiet: bool, **options: Any) -> None:
     kvloom chat --model Qwen/Qwen2.5-0.5B-Instruct --system "Answer briefly."
     """
     settings = {name: options.pop(name) for name in MODEL_SETTINGS}
+    retention = read_retention(options)
     given = {name: value for name, value in options.items() if value is not None}
     imply_sampling(given)
-    lm = load_model(quiet=quiet, **settings)
+    lm = load_model(quiet=quiet, retention=retention, **settings)
     from kvloom.conversation import Conversation
 
     conversation = Conversation(lm, system, given)

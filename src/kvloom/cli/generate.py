@@ -307,8 +307,7 @@ def _prepare(lm: LanguageModel, prompt: str | list[int], given: dict[str, Any], 
         raise InvalidRequest(f"{model} has no tokenizer. Pass token ids with --token-ids.")
     prompt_ids = read_prompt(prompt, lm.tokenizer, vocab_size=lm.vocab_size)
     if "max_new_tokens" not in given:
-        bounded = lm.max_tokens is not None and not (lm.retention is not None and lm.retention.reindexes)
-        room = lm.max_tokens - len(prompt_ids) if bounded and lm.max_tokens is not None else DEFAULT_NEW_TOKENS
+        room = DEFAULT_NEW_TOKENS if lm.longest is None else lm.longest - len(prompt_ids)
         given = {**given, "max_new_tokens": max(1, min(DEFAULT_NEW_TOKENS, room))}
     resolved = resolve(
         lm.generation_config, None, given, vocab_size=lm.vocab_size, max_position_embeddings=lm.max_tokens

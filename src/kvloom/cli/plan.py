@@ -12,6 +12,7 @@ from kvloom.cli import show
 from kvloom.cli.figure import refuse_unless_plottable
 from kvloom.cli.group import Command
 from kvloom.cli.params import ByteSize, model_name, option, silence_libraries
+from kvloom.cli.retention import read_retention, retention_options
 from kvloom.cli.terminal import plain_table, stdout_console, waiting
 from kvloom.units import readable_bytes
 
@@ -77,7 +78,7 @@ LENGTH = click.IntRange(min=0)
     "--block-tokens", metavar="N", type=COUNT, default=16, show_default=True, section="Cache", help="Tokens a block."
 )
 @option("--codec", hidden=True, help="How keys and values are kept; in this version only `native`.")
-@option("--retention", hidden=True, help="Which tokens are dropped; in this version none.")
+@retention_options
 def plan(model: str | None, as_json: bool, plot: Path | None, quiet: bool, **options: Any) -> None:
     """Say how much memory a request takes, before loading anything.
 
@@ -95,7 +96,8 @@ def plan(model: str | None, as_json: bool, plot: Path | None, quiet: bool, **opt
         silence_libraries(quiet)
         from kvloom.planning import plan as make_plan
 
-        made = make_plan(model, **options)
+        retention = read_retention(options)
+        made = make_plan(model, retention=retention, **options)
         if plot is not None:
             from kvloom.cli.plot import draw
 
@@ -139,7 +141,8 @@ def _request(plan: MemoryPlan) -> str:
     rows = ""
     if plan.rows > 1:
         rows = f", {plan.rows} {'beams' if plan.num_beams > 1 else 'samples'}{' each' if plan.batch > 1 else ''}"
-    return f"{prompts}{rows}, up to {_count(plan.max_new_tokens, 'new token')} each"
+    policy = "" if plan.retention is None else f", under {type(plan.retention).__name__}"
+    return f"{prompts}{rows}, up to {_count(plan.max_new_tokens, 'new token')} each{policy}"
 
 
 def _cache_table(plan: MemoryPlan) -> Table:
