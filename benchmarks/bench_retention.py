@@ -15,6 +15,7 @@ import argparse
 import json
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,6 +76,8 @@ def stream(
                         "resident_mib": _resident_mib(),
                     }
                 )
+                if len(thousands) in (1, 3) or len(thousands) % 10 == 0:
+                    print(_line(thousands[-1]), file=sys.stderr, flush=True)
                 wall.clear(), cpu.clear(), blocks.clear()
     return token_ids, thousands
 
@@ -94,17 +97,20 @@ def report(result: dict[str, Any]) -> None:
     """The figures that matter, and every tenth thousand."""
     steps, logprobs = result["steps"], result["logprobs"]
     print(f"{result['model']}, trained on {result['trained_tokens']:,} tokens: {result['tokens']:,} tokens streamed")
-    print(f"{'tokens':>8} {'step ms':>8} {'cpu ms':>8} {'blocks':>7} {'resident MiB':>13}")
     for own in steps[2:3] + steps[9::10]:
-        print(
-            f"{own['tokens']:>8,} {own['step_ms']:>8.2f} {own['processor_ms']:>8.2f} {own['blocks']:>7} "
-            f"{own['resident_mib']:>13.1f}"
-        )
+        print(_line(own))
     for key in ("step_ms", "processor_ms"):
         print(f"{key}: the last thousand over steps 2,000 to 3,000: {steps[-1][key] / steps[2][key]:.3f}")
     tenth = max(len(logprobs) // 10, 1)
     for name, part in (("first", logprobs[:tenth]), ("last", logprobs[-tenth:])):
         print(f"mean log-probability, {name} tenth: {_mean([own['logprob'] for own in part])}")
+
+
+def _line(own: dict[str, float]) -> str:
+    return (
+        f"{own['tokens']:>8,} tokens: {own['step_ms']:.2f} ms a step, {own['processor_ms']:.2f} of the processor; "
+        f"{own['blocks']} blocks, {own['resident_mib']:.1f} MiB resident"
+    )
 
 
 def _mean(values: Sequence[float]) -> str:

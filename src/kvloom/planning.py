@@ -379,8 +379,7 @@ class _Request:
         )
 
     def lengths(self, limit: int | None) -> tuple[int, int]:
-        """Prompt and new tokens, within the model's context, unless a policy outgrows it."""
-        limit = None if self.retention is not None and self.retention.reindexes else limit
+        """Prompt and new tokens, within the model's context."""
         new = self.max_new_tokens
         if new is None:
             # Half of a short context, or what the prompt leaves of it.
@@ -413,7 +412,8 @@ def _plan(
         block_tokens=request.block_tokens,
         block_bounds=isinstance(policy, TopBlocks),
     )
-    prompt, new = request.lengths(binding.max_tokens)
+    limit = None if policy is not None and policy.reindexes else binding.max_tokens
+    prompt, new = request.lengths(limit)
     if policy is not None:
         policy.check(prompt_tokens=prompt, block_tokens=layout.block_tokens)
     rows = max(request.num_beams, request.num_return_sequences)
@@ -477,7 +477,7 @@ def _plan(
         pool_blocks=pool,
         requests_at_once=min(request.batch, *(pool * request.batch // blocks for blocks in need)),
         longest_sequence=_longest_sequence(layout, pool, step_tokens, policy),
-        longest_prompt=_longest_prompt(layout, pool, binding.max_tokens, new, lambda tokens: blocks_at(tokens, False)),
+        longest_prompt=_longest_prompt(layout, pool, limit, new, lambda tokens: blocks_at(tokens, False)),
         scratch_bytes=step_bytes(
             weightless,
             layout,
