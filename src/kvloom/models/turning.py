@@ -53,7 +53,7 @@ def prove_turns(
         UnsupportedModel: positions enter in another way, with what was seen.
     """
     recorded: Recorded = []
-    positions = torch.tensor(POSITIONS)
+    positions = torch.tensor(POSITIONS, device=next(model.parameters()).device)
     candidates = list(_candidates(model))
     if not candidates:
         raise UnsupportedModel("it has no rotary embedding")
