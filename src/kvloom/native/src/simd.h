@@ -1,0 +1,332 @@
+// Sixteen floats at a time, on whatever vector registers the target has.
+//
+// Kernels are written once, over f32x16: one register with AVX512, two with AVX2, sixteen plain floats elsewhere. Lanes
+// never mix except in sum() and highest(), whose order is fixed, so a kernel's result does not depend on how many
+// rows or threads run it. Between targets results differ: where there is no fused multiply-add, fma() rounds twice.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+#endif
+
+#define KVLOOM_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace kvloom {
+
+// As tensors hold them; arithmetic is on floats.
+struct bf16 { std::uint16_t bits; };
+struct f16 { std::uint16_t bits; };
+
+#if defined(__F16C__)
+constexpr bool has_f16 = true;
+#else
+constexpr bool has_f16 = false;
+#endif
+
+constexpr int lanes = 16;
+
+inline float float_of_bits(std::uint32_t bits) { float x; std::memcpy(&x, &bits, 4); return x; }
+inline std::uint32_t bits_of_float(float x) { std::uint32_t bits; std::memcpy(&bits, &x, 4); return bits; }
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) { return float_of_bits(std::uint32_t(x.bits) << 16); }
+
+// To the nearest, ties to even; NaN to a quiet NaN: what PyTorch does.
+inline void from_float(float x, float& result) { result = x; }
+inline void from_float(float x, bf16& result) {
+    const std::uint32_t bits = bits_of_float(x);
+    result.bits = x != x ? 0x7fc0 : std::uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+#if defined(__F16C__)
+inline float to_float(f16 x) { return _cvtsh_ss(x.bits); }
+inline void from_float(float x, f16& result) { result.bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+#else
+inline float to_float(f16) { return 0; }  // never called: has_f16 is false
+inline void from_float(float, f16& result) { result.bits = 0; }
+#endif
+
+template <class Element> inline float rounded(float x) { Element e; from_float(x, e); return to_float(e); }
+
+// ---- AVX512 ---------------------------------------------------------------------------------------------------
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+
+#if defined(__AVX512BF16__)
+#define KVLOOM_DOT_BF16 1
+constexpr const char* instructions = "AVX512-BF16";
+#else
+constexpr const char* instructions = "AVX512";
+#endif
+constexpr int vector_registers = 32;  // that hold an f32x16
+
+struct f32x16 { __m512 v; };
+struct bf16x32 { __m512i v; };  // 16 pairs
+
+inline f32x16 zeros() { return {_mm512_setzero_ps()}; }
+inline f32x16 all(float x) { return {_mm512_set1_ps(x)}; }
+inline f32x16 operator+(f32x16 a, f32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline f32x16 operator-(f32x16 a, f32x16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline f32x16 operator*(f32x16 a, f32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline f32x16 operator/(f32x16 a, f32x16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }  // a * b + c
+// The second where either is NaN, as everywhere below.
+inline f32x16 max(f32x16 a, f32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline f32x16 min(f32x16 a, f32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+
+inline f32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void store(float* p, f32x16 x) { _mm512_storeu_ps(p, x.v); }
+inline f32x16 load(const bf16* p) {
+    const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
+}
+inline void store(bf16* p, f32x16 x) {
+    const __m512i bits = _mm512_castps_si512(x.v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i up = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+    up = _mm512_mask_mov_epi32(up, _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(up));
+}
+inline f32x16 load(const f16* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline void store(f16* p, f32x16 x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+inline bf16x32 load_pairs(const bf16* p) { return {_mm512_loadu_si512(p)}; }
+inline bf16x32 all_pairs(const bf16* p) { std::int32_t pair; std::memcpy(&pair, p, 4); return {_mm512_set1_epi32(pair)}; }
+inline f32x16 first(bf16x32 x) { return {_mm512_castsi512_ps(_mm512_slli_epi32(x.v, 16))}; }
+inline f32x16 second(bf16x32 x) { return {_mm512_castsi512_ps(_mm512_and_si512(x.v, _mm512_set1_epi32(0xffff0000)))}; }
+
+inline float sum(f32x16 x) { return _mm512_reduce_add_ps(x.v); }
+inline float highest(f32x16 x) { return _mm512_reduce_max_ps(x.v); }
+
+// e ** r * 2 ** n, from r's polynomial p.
+inline f32x16 scaled(f32x16 p, f32x16 n) { return {_mm512_scalef_ps(p.v, n.v)}; }
+inline f32x16 nearest(f32x16 x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+// x, but zero where a < b.
+inline f32x16 where_not_less(f32x16 a, f32x16 b, f32x16 x) {
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ), x.v)};
+}
+
+// ---- AVX2 -----------------------------------------------------------------------------------------------------
+
+#elif defined(__AVX2__) && defined(__FMA__)
+
+constexpr const char* instructions = "AVX2";
+constexpr int vector_registers = 8;
+
+struct f32x16 { __m256 low, high; };
+struct bf16x32 { __m256i low, high; };
+
+inline f32x16 zeros() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline f32x16 all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline f32x16 operator+(f32x16 a, f32x16 b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+inline f32x16 operator-(f32x16 a, f32x16 b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
+inline f32x16 operator*(f32x16 a, f32x16 b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+inline f32x16 operator/(f32x16 a, f32x16 b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
+inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
+    return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+inline f32x16 max(f32x16 a, f32x16 b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+inline f32x16 min(f32x16 a, f32x16 b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
+
+inline f32x16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void store(float* p, f32x16 x) { _mm256_storeu_ps(p, x.low); _mm256_storeu_ps(p + 8, x.high); }
+
+inline __m256 half_of(const bf16* p) {
+    const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+}
+inline __m256i rounded_bits(__m256 x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i up = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(up, _mm256_set1_epi32(0x7fc0), nan);
+}
+inline f32x16 load(const bf16* p) { return {half_of(p), half_of(p + 8)}; }
+inline void store(bf16* p, f32x16 x) {
+    const __m256i mixed = _mm256_packus_epi32(rounded_bits(x.low), rounded_bits(x.high));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(mixed, 0xd8));
+}
+#if defined(__F16C__)
+inline f32x16 load(const f16* p) {
+    const __m128i* raw = reinterpret_cast<const __m128i*>(p);
+    return {_mm256_cvtph_ps(_mm_loadu_si128(raw)), _mm256_cvtph_ps(_mm_loadu_si128(raw + 1))};
+}
+inline void store(f16* p, f32x16 x) {
+    __m128i* raw = reinterpret_cast<__m128i*>(p);
+    _mm_storeu_si128(raw, _mm256_cvtps_ph(x.low, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(raw + 1, _mm256_cvtps_ph(x.high, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+inline f32x16 load(const f16*) { return zeros(); }
+inline void store(f16*, f32x16) {}
+#endif
+
+inline bf16x32 load_pairs(const bf16* p) {
+    const __m256i* raw = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(raw), _mm256_loadu_si256(raw + 1)};
+}
+inline bf16x32 all_pairs(const bf16* p) {
+    std::int32_t pair;
+    std::memcpy(&pair, p, 4);
+    return {_mm256_set1_epi32(pair), _mm256_set1_epi32(pair)};
+}
+inline f32x16 first(bf16x32 x) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(x.low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(x.high, 16))};
+}
+inline f32x16 second(bf16x32 x) {
+    const __m256i mask = _mm256_set1_epi32(0xffff0000);
+    return {_mm256_castsi256_ps(_mm256_and_si256(x.low, mask)), _mm256_castsi256_ps(_mm256_and_si256(x.high, mask))};
+}
+
+inline float sum(f32x16 x) {
+    const __m256 eight = _mm256_add_ps(x.low, x.high);
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+inline float highest(f32x16 x) {
+    const __m256 eight = _mm256_max_ps(x.low, x.high);
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
+inline __m256 power_of_two(__m256i n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+}
+// 2 ** 128 is no float, so the power is applied in two halves.
+inline __m256 scaled_half(__m256 p, __m256 n) {
+    const __m256i all_of_it = _mm256_cvtps_epi32(n), part = _mm256_srai_epi32(all_of_it, 1);
+    return _mm256_mul_ps(_mm256_mul_ps(p, power_of_two(part)), power_of_two(_mm256_sub_epi32(all_of_it, part)));
+}
+inline f32x16 scaled(f32x16 p, f32x16 n) { return {scaled_half(p.low, n.low), scaled_half(p.high, n.high)}; }
+inline f32x16 nearest(f32x16 x) {
+    return {_mm256_round_ps(x.low, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
+            _mm256_round_ps(x.high, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+inline f32x16 where_not_less(f32x16 a, f32x16 b, f32x16 x) {
+    return {_mm256_and_ps(_mm256_cmp_ps(a.low, b.low, _CMP_NLT_UQ), x.low),
+            _mm256_and_ps(_mm256_cmp_ps(a.high, b.high, _CMP_NLT_UQ), x.high)};
+}
+
+// ---- elsewhere ------------------------------------------------------------------------------------------------
+
+#else
+
+constexpr const char* instructions = "portable";
+constexpr int vector_registers = 4;
+
+struct f32x16 { float v[lanes]; };
+struct bf16x32 { std::uint32_t v[lanes]; };
+
+template <class Function> inline f32x16 each(Function function) {
+    f32x16 result;
+    for (int i = 0; i < lanes; ++i) result.v[i] = function(i);
+    return result;
+}
+inline f32x16 all(float x) { return each([=](int) { return x; }); }
+inline f32x16 zeros() { return all(0); }
+inline f32x16 operator+(const f32x16& a, const f32x16& b) { return each([&](int i) { return a.v[i] + b.v[i]; }); }
+inline f32x16 operator-(const f32x16& a, const f32x16& b) { return each([&](int i) { return a.v[i] - b.v[i]; }); }
+inline f32x16 operator*(const f32x16& a, const f32x16& b) { return each([&](int i) { return a.v[i] * b.v[i]; }); }
+inline f32x16 operator/(const f32x16& a, const f32x16& b) { return each([&](int i) { return a.v[i] / b.v[i]; }); }
+inline f32x16 fma(const f32x16& a, const f32x16& b, const f32x16& c) {
+    return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+}
+inline f32x16 max(const f32x16& a, const f32x16& b) { return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
+inline f32x16 min(const f32x16& a, const f32x16& b) { return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
+
+template <class Element> inline f32x16 load(const Element* p) { return each([=](int i) { return to_float(p[i]); }); }
+template <class Element> inline void store(Element* p, const f32x16& x) {
+    for (int i = 0; i < lanes; ++i) from_float(x.v[i], p[i]);
+}
+inline bf16x32 load_pairs(const bf16* p) { bf16x32 x; std::memcpy(&x, p, sizeof x); return x; }
+inline bf16x32 all_pairs(const bf16* p) {
+    bf16x32 x;
+    for (int i = 0; i < lanes; ++i) std::memcpy(&x.v[i], p, 4);
+    return x;
+}
+// A pair in memory order: where bytes run the other way, the first of it is in the high half.
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+inline f32x16 first(const bf16x32& x) { return each([&](int i) { return float_of_bits(x.v[i] << 16); }); }
+inline f32x16 second(const bf16x32& x) { return each([&](int i) { return float_of_bits(x.v[i] & 0xffff0000u); }); }
+#else
+inline f32x16 second(const bf16x32& x) { return each([&](int i) { return float_of_bits(x.v[i] << 16); }); }
+inline f32x16 first(const bf16x32& x) { return each([&](int i) { return float_of_bits(x.v[i] & 0xffff0000u); }); }
+#endif
+
+inline float sum(f32x16 x) {
+    for (int half = lanes / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) x.v[i] += x.v[i + half];
+    return x.v[0];
+}
+inline float highest(f32x16 x) {
+    for (int half = lanes / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) x.v[i] = x.v[i] > x.v[i + half] ? x.v[i] : x.v[i + half];
+    return x.v[0];
+}
+inline f32x16 scaled(const f32x16& p, const f32x16& n) {
+    return each([&](int i) {
+        const int whole = int(n.v[i]), part = whole >> 1;
+        return p.v[i] * float_of_bits(std::uint32_t(part + 127) << 23) * float_of_bits(std::uint32_t(whole - part + 127) << 23);
+    });
+}
+// Adding and taking away 1.5 * 2 ** 23 leaves the nearest whole number, ties to even, below 2 ** 22.
+inline f32x16 nearest(const f32x16& x) {
+    return each([&](int i) { volatile float big = x.v[i] + 12582912.0f; return big - 12582912.0f; });
+}
+inline f32x16 where_not_less(const f32x16& a, const f32x16& b, const f32x16& x) {
+    return each([&](int i) { return a.v[i] < b.v[i] ? 0.0f : x.v[i]; });
+}
+
+#endif
+
+// ---- everywhere -----------------------------------------------------------------------------------------------
+
+// acc[i] + a[2i] * b[2i] + a[2i + 1] * b[2i + 1]. The CPU's own instruction takes denormals as zeros.
+inline f32x16 dot_pairs(f32x16 acc, bf16x32 a, bf16x32 b) {
+#if defined(KVLOOM_DOT_BF16)
+    return {_mm512_dpbf16_ps(acc.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+#else
+    return fma(second(a), second(b), fma(first(a), first(b), acc));
+#endif
+}
+
+// The first `count` of sixteen elements; zeros behind them. Nothing beyond them is read or written.
+template <class Element> inline f32x16 load(const Element* p, int count) {
+    Element whole[lanes] = {};
+    std::memcpy(whole, p, sizeof(Element) * count);
+    return load(whole);
+}
+template <class Element> inline void store(Element* p, f32x16 x, int count) {
+    Element whole[lanes];
+    store(whole, x);
+    std::memcpy(p, whole, sizeof(Element) * count);
+}
+
+// e ** x, within 2 units in the last place; an exact zero below -87.33, so also for minus infinity. NaN stays NaN.
+// x = n ln 2 + r with |r| <= ln 2 / 2, and e ** r by its Taylor polynomial of degree 7.
+inline f32x16 exp(f32x16 x) {
+    const f32x16 bounded = min(all(89.0f), max(all(-87.33f), x));
+    const f32x16 n = nearest(bounded * all(1.44269504f));
+    const f32x16 r = fma(n, all(2.12194440e-4f), fma(n, all(-0.693359375f), bounded));
+    f32x16 p = all(1.0f / 5040);
+    p = fma(p, r, all(1.0f / 720));
+    p = fma(p, r, all(1.0f / 120));
+    p = fma(p, r, all(1.0f / 24));
+    p = fma(p, r, all(1.0f / 6));
+    p = fma(p, r, all(0.5f));
+    p = fma(p, r, all(1.0f));
+    p = fma(p, r, all(1.0f));
+    return where_not_less(x, all(-87.33f), scaled(p, n));
+}
+
+}  // namespace kvloom
