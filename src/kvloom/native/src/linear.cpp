@@ -1,0 +1,299 @@
+// Products of rows with packed weights, for one row to a whole prompt, with one order of additions.
+//
+// A kernel walks down the lines of a few tiles at once (see packing.h) and keeps one accumulator for each row and tile: so each output's sum runs over k from first to last,
+// in one accumulator, however many rows, tiles and threads there are. Where the sum is interrupted, so that a piece
+// of the weights serves many rows from the nearest cache, the accumulators are set down as they are.
+
+#include "linear.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <type_traits>
+
+#include <omp.h>
+
+namespace kvloom {
+namespace {
+
+// How a dtype's lines are read. Input is what rows are converted to before the kernels see them.
+
+template <class Element> struct Format {  // float32, float16
+    using Input = float;
+    static f32x16 line(const Element* weights) { return load(weights); }
+    static f32x16 inputs(const Input* x) { return all(*x); }
+    static f32x16 add(f32x16 sums, const f32x16& line, const f32x16& inputs) { return fma(line, inputs, sums); }
+};
+
+template <> struct Format<bf16> {
+#if defined(KVLOOM_DOT_BF16)
+    using Input = bf16;
+    static bf16x32 line(const bf16* weights) { return load_pairs(weights); }
+    static bf16x32 inputs(const Input* x) { return all_pairs(x); }
+    static f32x16 add(f32x16 sums, const bf16x32& line, const bf16x32& inputs) { return dot_pairs(sums, line, inputs); }
+#else
+    struct Two { f32x16 first, second; };
+    using Input = float;
+    static Two line(const bf16* weights) {
+        const bf16x32 pairs = load_pairs(weights);
+        return {first(pairs), second(pairs)};
+    }
+    static Two inputs(const Input* x) { return {all(x[0]), all(x[1])}; }
+    static f32x16 add(f32x16 sums, const Two& line, const Two& inputs) {
+        return fma(line.second, inputs.second, fma(line.first, inputs.first, sums));
+    }
+#endif
+};
+
+// A piece of the rows and of k, as a kernel reads it.
+template <class Element> struct Piece {
+    const typename Format<Element>::Input* inputs;
+    std::int64_t input_stride;  // from row to row
+    const Element* weights;     // of the first tile
+    std::int64_t tile_stride;   // elements from tile to tile
+    std::int64_t lines;         // of each tile
+    std::int64_t distance;      // how many lines ahead memory is asked for them,
+    const Element* next;        // where the first tile goes on behind the last line,
+    int asked;                  // and for how many tiles
+    float* sums;                // [rows][tiles_a_piece][16], where sums are set down; null if the piece is all of k
+    bool is_first, is_last;     // of k
+};
+
+// Of sums that are set down.
+constexpr int tiles_a_piece = 4;
+
+// One product of 16 outputs, complete: bias, rounding, residual.
+template <class Element>
+inline void finish(const Projection& to, std::int64_t row, std::int64_t tile, f32x16 sums) {
+    const std::int64_t n = tile * lanes;
+    const int count = int(std::min<std::int64_t>(lanes, to.outputs - n));
+    Element* output = static_cast<Element*>(to.output) + row * to.output_stride + n;
+    const Element* bias = static_cast<const Element*>(to.bias) + n;
+    const Element* residual = static_cast<const Element*>(to.residual) + row * to.residual_stride + n;
+    Element product[lanes];
+    if (to.bias) sums = sums + (count == lanes ? load(bias) : load(bias, count));
+    if (to.residual) {
+        store(product, sums);
+        sums = load(product) + (count == lanes ? load(residual) : load(residual, count));
+    }
+    if (count == lanes) store(output, sums);
+    else store(output, sums, count);
+}
+
+// The products of some rows with some tiles over a piece of k.
+template <class Element, int Rows, int Tiles>
+void multiply(const Piece<Element>& piece, const Projection& to, std::int64_t row, std::int64_t tile) {
+    using F = Format<Element>;
+    constexpr int depth = depth_of<Element>;
+    f32x16 sums[Rows][Tiles];
+    for (int r = 0; r < Rows; ++r)
+        for (int t = 0; t < Tiles; ++t)
+            sums[r][t] = piece.is_first ? zeros() : load(piece.sums + (r * tiles_a_piece + t) * lanes);
+
+    const auto* x = piece.inputs;
+    const Element* w = piece.weights;
+    const auto walk = [&](std::int64_t lines, const Element* ahead) __attribute__((always_inline)) {
+        for (std::int64_t line = 0; line < lines; ++line) {
+            decltype(F::line(w)) weights[Tiles];
+            for (int t = 0; t < Tiles; ++t) {
+                weights[t] = F::line(w + t * piece.tile_stride);
+                if (t < piece.asked) __builtin_prefetch(ahead + t * piece.tile_stride, 0, 2);
+            }
+            for (int r = 0; r < Rows; ++r) {
+                const auto inputs = F::inputs(x + r * piece.input_stride);
+                for (int t = 0; t < Tiles; ++t) sums[r][t] = F::add(sums[r][t], weights[t], inputs);
+            }
+            w += lanes * depth;
+            ahead += lanes * depth;
+            x += depth;
+        }
+    };
+    const std::int64_t near = std::max<std::int64_t>(piece.lines - piece.distance, 0);
+    walk(near, w + piece.distance * (lanes * depth));
+    walk(piece.lines - near, piece.next);
+
+    for (int r = 0; r < Rows; ++r)
+        for (int t = 0; t < Tiles; ++t)
+            if (piece.is_last) finish<Element>(to, row + r, tile + t, sums[r][t]);
+            else store(piece.sums + (r * tiles_a_piece + t) * lanes, sums[r][t]);
+}
+
+// Kernels by shape. Accumulators, the lines of the tiles and one input have to fit the registers.
+
+template <class Element>
+using Kernel = void (*)(const Piece<Element>&, const Projection&, std::int64_t row, std::int64_t tile);
+
+template <class Element> struct Kernels {
+    int rows, tiles;
+    Kernel<Element> run, run_single;  // for so many tiles, and for one
+};
+
+template <class Element, int Rows, int Tiles> constexpr Kernels<Element> kernels() {
+    return {Rows, Tiles, multiply<Element, Rows, Tiles>, multiply<Element, Rows, 1>};
+}
+
+// The kernels to begin with where so many rows are left.
+template <class Element> Kernels<Element> kernels_for(std::int64_t rows) {
+    if constexpr (vector_registers >= 32) {
+        switch (rows) {
+            case 1: return kernels<Element, 1, 4>();
+            case 2: return kernels<Element, 2, 4>();
+            case 3: return kernels<Element, 3, 4>();
+            case 4: return kernels<Element, 4, 4>();
+            case 5: return kernels<Element, 5, 4>();
+            case 7: return kernels<Element, 7, 2>();
+            case 8: case 13: case 14: case 15: case 16: return kernels<Element, 8, 2>();
+            default: return kernels<Element, 6, 4>();
+        }
+    } else {
+        switch (rows) {
+            case 1: return kernels<Element, 1, 4>();
+            case 2: return kernels<Element, 2, 2>();
+            case 3: return kernels<Element, 3, 1>();
+            default: return kernels<Element, 4, 1>();
+        }
+    }
+}
+
+constexpr std::int64_t few_rows = vector_registers >= 32 ? 8 : 4;  // that one kernel takes
+
+// ---- the work of a call ---------------------------------------------------------------------------------------
+
+std::int64_t tiles_of(const Projection& projection) { return ceil_div(projection.outputs, lanes); }
+
+constexpr std::int64_t lines_ahead = 24;
+
+// Few rows: weights are read once, in order, each thread a contiguous part of all projections' tiles.
+template <class Element> void stream(const LinearCall& call, const Piece<Element>& whole) {
+    const Kernels<Element> kernels = kernels_for<Element>(call.rows);
+    std::int64_t tiles = 0, before = 0;
+    for (int p = 0; p < call.projection_count; ++p) tiles += tiles_of(call.projections[p]);
+    const std::int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    const std::int64_t from = tiles * thread / threads, until = tiles * (thread + 1) / threads;
+    for (int p = 0; p < call.projection_count; ++p) {
+        const Projection& to = call.projections[p];
+        const std::int64_t last = std::min(until - before, tiles_of(to));
+        for (std::int64_t tile = std::max<std::int64_t>(from - before, 0); tile < last;) {
+            const int taken = last - tile >= kernels.tiles ? kernels.tiles : 1;
+            Piece<Element> piece = whole;
+            piece.weights = static_cast<const Element*>(to.weights) + tile * piece.tile_stride;
+            piece.next = piece.weights + taken * piece.tile_stride;
+            piece.asked = taken;
+            (taken == 1 ? kernels.run_single : kernels.run)(piece, to, 0, tile);
+            tile += taken;
+        }
+        before += tiles_of(to);
+    }
+#pragma omp barrier
+}
+
+// Many rows: a piece of k of a few tiles stays in the nearest cache while the rows of a chunk pass by. Meanwhile the next
+// piece is asked for.
+constexpr std::int64_t lines_a_piece = 112;  // of four tiles: 28 KiB
+constexpr std::int64_t rows_a_chunk = 192;
+template <class Element>
+void pass_by(Piece<Element> piece, const Projection& to, std::int64_t first_row, std::int64_t rows, std::int64_t first_tile) {
+    const Element* next = piece.next;
+    const int tiles = int(std::min<std::int64_t>(tiles_a_piece, tiles_of(to) - first_tile));
+    const std::int64_t calls = ceil_div(rows, kernels_for<Element>(rows).rows) * ceil_div(tiles, kernels_for<Element>(rows).tiles);
+    piece.asked = int(ceil_div(tiles, calls));
+    int tile_to_ask = 0;
+    for (std::int64_t row = 0; row < rows;) {
+        const Kernels<Element> kernels = kernels_for<Element>(rows - row);
+        for (int tile = 0; tile < tiles;) {
+            const int taken = tiles - tile >= kernels.tiles ? kernels.tiles : 1;
+            Piece<Element> here = piece;
+            here.inputs += row * piece.input_stride;
+            here.weights += tile * piece.tile_stride;
+            here.sums += (row * tiles_a_piece + tile) * lanes;
+            here.next = next + tile_to_ask * piece.tile_stride;
+            if (tile_to_ask >= tiles) here.asked = 0;
+            tile_to_ask += piece.asked;
+            (taken == 1 ? kernels.run_single : kernels.run)(here, to, first_row + row, first_tile + tile);
+            tile += taken;
+        }
+        row += kernels.rows;
+    }
+}
+
+template <class Element> void sweep(const LinearCall& call, const Piece<Element>& whole) {
+    constexpr int depth = depth_of<Element>;
+    const std::int64_t chunks = ceil_div(call.rows, rows_a_chunk);
+    std::int64_t groups = 0;
+    for (int p = 0; p < call.projection_count; ++p) groups += ceil_div(tiles_of(call.projections[p]), tiles_a_piece);
+    alignas(64) static thread_local float sums[rows_a_chunk * tiles_a_piece * lanes];
+#pragma omp for schedule(dynamic)
+    for (std::int64_t task = 0; task < chunks * groups; ++task) {
+        const std::int64_t row = task / groups * rows_a_chunk, rows = std::min(rows_a_chunk, call.rows - row);
+        const Projection* to = call.projections;
+        std::int64_t tile = task % groups * tiles_a_piece;
+        for (; tile >= tiles_of(*to); ++to) tile -= ceil_div(tiles_of(*to), tiles_a_piece) * tiles_a_piece;
+        Piece<Element> piece = whole;
+        piece.inputs += row * piece.input_stride;
+        piece.weights = static_cast<const Element*>(to->weights) + tile * piece.tile_stride;
+        piece.sums = sums;
+        for (std::int64_t line = 0; line < whole.lines; line += piece.lines) {
+            piece.lines = std::min(lines_a_piece, whole.lines - line);
+            piece.distance = piece.lines;
+            piece.is_first = line == 0;
+            piece.is_last = line + piece.lines == whole.lines;
+            piece.next = piece.is_last ? static_cast<const Element*>(to->weights) + (tile + tiles_a_piece) * piece.tile_stride
+                                       : piece.weights + piece.lines * depth * lanes;
+            pass_by(piece, *to, row, rows, tile);
+            piece.inputs += piece.lines * depth;
+            piece.weights += piece.lines * depth * lanes;
+        }
+    }
+}
+
+// The rows as kernels read them: converted, and an odd k filled up with a zero.
+template <class Element>
+void convert(const LinearCall& call, typename Format<Element>::Input* to, std::int64_t stride) {
+    const Element* inputs = static_cast<const Element*>(call.inputs);
+#pragma omp for
+    for (std::int64_t row = 0; row < call.rows; ++row) {
+        for (std::int64_t k = 0; k < call.inner; ++k)
+            from_float(to_float(inputs[row * call.input_stride + k]), to[row * stride + k]);
+        for (std::int64_t k = call.inner; k < stride; ++k) from_float(0, to[row * stride + k]);
+    }
+}
+
+template <class Element> void linear_of(const LinearCall& call) {
+    using Input = typename Format<Element>::Input;
+    const std::int64_t tile = tile_elements<Element>(call.inner), padded = tile / lanes;
+    Piece<Element> whole{static_cast<const Input*>(call.inputs), call.input_stride, nullptr, tile,
+                         padded / depth_of<Element>, lines_ahead, nullptr, 0, nullptr, true, true};
+    Input* converted = nullptr;
+    if (!std::is_same<Input, Element>::value || padded != call.inner) {
+#pragma omp single copyprivate(converted)
+        converted = static_cast<Input*>(std::malloc(sizeof(Input) * call.rows * padded));
+        convert<Element>(call, converted, padded);
+        whole.inputs = converted;
+        whole.input_stride = padded;
+    }
+    if (call.rows <= few_rows) stream(call, whole);
+    else sweep(call, whole);
+    if (converted) {
+#pragma omp single
+        std::free(converted);
+    }
+}
+
+}  // namespace
+
+void linear(const LinearCall& call) {
+    if (call.rows < 1) return;
+    switch (call.dtype) {
+        case float32: return linear_of<float>(call);
+        case bfloat16: return linear_of<bf16>(call);
+        case float16: return linear_of<f16>(call);
+    }
+}
+
+}  // namespace kvloom
+
+using namespace kvloom;
+
+KVLOOM_EXPORT void kvloom_linear(const LinearCall* call, int threads) {
+#pragma omp parallel num_threads(threads)
+    linear(*call);
+}
