@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
+from collections.abc import Callable, Iterator
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,7 +30,7 @@ def cases() -> list[tuple[str, torch.dtype]]:
 
 @st.composite
 def layers(draw: st.DrawFn) -> tuple[int, list[int], int, bool, bool]:
-    """inner, outputs of each projection, rows, biased, with a residual: some at the borders of tiles and pieces of k."""
+    """inner, outputs of each projection, rows, biased, with a residual; some at borders of tiles and pieces of k."""
     inner = draw(st.one_of(st.integers(1, 70), st.sampled_from([111, 224, 225, 448, 500])))
     outputs = draw(st.lists(st.one_of(st.integers(1, 70), st.sampled_from([16, 64, 128])), min_size=1, max_size=3))
     rows = draw(st.one_of(st.integers(1, 40), st.sampled_from([64, 191, 192, 193, 400])))
@@ -97,6 +103,40 @@ def test_packing_moves_every_bit_to_its_place_and_back(dtype: torch.dtype, outpu
     assert torch.equal(kernels.unpack(packed).view(torch.int16), bits)
     ids = torch.randint(outputs, (2, 3))
     assert torch.equal(kernels.look_up(packed, ids).view(torch.int16), bits[ids])
+
+
+@pytest.fixture
+def before_a_wall() -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """Copies a tensor to the very end of readable memory: reading on is a crash."""
+    libc, rooms = ctypes.CDLL(None), []
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        room = mmap.mmap(-1, (-(-tensor.nbytes // mmap.PAGESIZE) + 1) * mmap.PAGESIZE)
+        whole = np.frombuffer(room, np.uint8)
+        start = len(whole) - mmap.PAGESIZE - tensor.nbytes
+        whole[start : start + tensor.nbytes] = tensor.flatten().view(torch.uint8)
+        wall = whole.ctypes.data + len(whole) - mmap.PAGESIZE
+        assert libc.mprotect(ctypes.c_void_p(wall), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+        rooms.append(room)
+        return torch.from_numpy(whole[start : start + tensor.nbytes]).view(tensor.dtype).view(tensor.shape)
+
+    yield copy
+    del rooms
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are made unreadable as Linux does it")
+@pytest.mark.parametrize("target, dtype", cases())
+def test_nothing_beyond_the_last_element_is_read(
+    target: str, dtype: torch.dtype, before_a_wall: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    kernels = LinearKernels(load(target))
+    for inner in (2, 3, 112, 225, 500):
+        packed = kernels.pack(torch.randn(70, inner).to(dtype))
+        packed = PackedWeight(before_a_wall(packed.data), 70, inner)
+        bias, residual = (before_a_wall(torch.randn(shape).to(dtype)) for shape in ([70], [14, 70]))
+        for rows in (1, 3, 5, 8, 9, 14):
+            inputs = before_a_wall(torch.randn(rows, inner).to(dtype))
+            kernels.linear(inputs, [Projection(packed, bias, residual[14 - rows :])])
 
 
 def test_rows_that_are_not_contiguous_are_read_where_they_lie() -> None:

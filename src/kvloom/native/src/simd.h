@@ -1,6 +1,6 @@
 // Sixteen floats at a time, on whatever vector registers the target has.
 //
-// Kernels are written once, over f32x16: one register with AVX512, two with AVX2, sixteen plain floats elsewhere. Lanes
+// Kernels are written once, over f32x16: one register with AVX512, two with AVX2, four elsewhere. Lanes
 // never mix except in sum() and highest(), whose order is fixed, so a kernel's result does not depend on how many
 // rows or threads run it. Between targets results differ: where there is no fused multiply-add, fma() rounds twice.
 #pragma once
@@ -221,18 +221,28 @@ inline f32x16 where_not_less(f32x16 a, f32x16 b, f32x16 x) {
 
 #else
 
+// Vectors of four, which GCC and Clang have on every CPU.
 constexpr const char* instructions = "portable";
 constexpr int vector_registers = 4;
+constexpr int quads = lanes / 4;
 
-struct f32x16 { float v[lanes]; };
-struct bf16x32 { std::uint32_t v[lanes]; };
+typedef float quad __attribute__((vector_size(16)));
+typedef std::int32_t int_quad __attribute__((vector_size(16)));
+typedef std::uint32_t bits_quad __attribute__((vector_size(16)));
+typedef std::uint16_t short_quad __attribute__((vector_size(8)));
+
+struct f32x16 { quad v[quads]; };
+struct bf16x32 { bits_quad v[quads]; };
 
 template <class Function> inline f32x16 each(Function function) {
     f32x16 result;
-    for (int i = 0; i < lanes; ++i) result.v[i] = function(i);
+    for (int i = 0; i < quads; ++i) result.v[i] = function(i);
     return result;
 }
-inline f32x16 all(float x) { return each([=](int) { return x; }); }
+inline quad choose(int_quad mask, quad yes, quad no) { return quad((mask & int_quad(yes)) | (~mask & int_quad(no))); }
+inline quad four(float x) { return quad{x, x, x, x}; }
+
+inline f32x16 all(float x) { return each([=](int) { return four(x); }); }
 inline f32x16 zeros() { return all(0); }
 inline f32x16 operator+(const f32x16& a, const f32x16& b) { return each([&](int i) { return a.v[i] + b.v[i]; }); }
 inline f32x16 operator-(const f32x16& a, const f32x16& b) { return each([&](int i) { return a.v[i] - b.v[i]; }); }
@@ -241,50 +251,70 @@ inline f32x16 operator/(const f32x16& a, const f32x16& b) { return each([&](int 
 inline f32x16 fma(const f32x16& a, const f32x16& b, const f32x16& c) {
     return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
 }
-inline f32x16 max(const f32x16& a, const f32x16& b) { return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
-inline f32x16 min(const f32x16& a, const f32x16& b) { return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
-
-template <class Element> inline f32x16 load(const Element* p) { return each([=](int i) { return to_float(p[i]); }); }
-template <class Element> inline void store(Element* p, const f32x16& x) {
-    for (int i = 0; i < lanes; ++i) from_float(x.v[i], p[i]);
+inline f32x16 max(const f32x16& a, const f32x16& b) {
+    return each([&](int i) { return choose(a.v[i] > b.v[i], a.v[i], b.v[i]); });
 }
+inline f32x16 min(const f32x16& a, const f32x16& b) {
+    return each([&](int i) { return choose(a.v[i] < b.v[i], a.v[i], b.v[i]); });
+}
+
+inline f32x16 load(const float* p) { f32x16 x; std::memcpy(&x, p, sizeof x); return x; }
+inline void store(float* p, const f32x16& x) { std::memcpy(p, &x, sizeof x); }
+inline f32x16 load(const bf16* p) {
+    short_quad raw[quads];
+    std::memcpy(raw, p, sizeof raw);
+    return each([&](int i) { return quad(__builtin_convertvector(raw[i], bits_quad) << 16); });
+}
+inline void store(bf16* p, const f32x16& x) {
+    short_quad raw[quads];
+    for (int i = 0; i < quads; ++i) {
+        const bits_quad bits = bits_quad(x.v[i]), nan = bits_quad(x.v[i] != x.v[i]);
+        const bits_quad up = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        raw[i] = __builtin_convertvector((nan & 0x7fc0) | (~nan & up), short_quad);
+    }
+    std::memcpy(p, raw, sizeof raw);
+}
+inline f32x16 load(const f16*) { return zeros(); }  // never called: has_f16 is false
+inline void store(f16*, const f32x16&) {}
+
 inline bf16x32 load_pairs(const bf16* p) { bf16x32 x; std::memcpy(&x, p, sizeof x); return x; }
 inline bf16x32 all_pairs(const bf16* p) {
+    std::uint32_t pair;
+    std::memcpy(&pair, p, 4);
     bf16x32 x;
-    for (int i = 0; i < lanes; ++i) std::memcpy(&x.v[i], p, 4);
+    for (bits_quad& own : x.v) own = bits_quad{pair, pair, pair, pair};
     return x;
 }
 // A pair in memory order: where bytes run the other way, the first of it is in the high half.
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-inline f32x16 first(const bf16x32& x) { return each([&](int i) { return float_of_bits(x.v[i] << 16); }); }
-inline f32x16 second(const bf16x32& x) { return each([&](int i) { return float_of_bits(x.v[i] & 0xffff0000u); }); }
+inline f32x16 first(const bf16x32& x) { return each([&](int i) { return quad(x.v[i] << 16); }); }
+inline f32x16 second(const bf16x32& x) { return each([&](int i) { return quad(x.v[i] & 0xffff0000u); }); }
 #else
-inline f32x16 second(const bf16x32& x) { return each([&](int i) { return float_of_bits(x.v[i] << 16); }); }
-inline f32x16 first(const bf16x32& x) { return each([&](int i) { return float_of_bits(x.v[i] & 0xffff0000u); }); }
+inline f32x16 second(const bf16x32& x) { return each([&](int i) { return quad(x.v[i] << 16); }); }
+inline f32x16 first(const bf16x32& x) { return each([&](int i) { return quad(x.v[i] & 0xffff0000u); }); }
 #endif
 
-inline float sum(f32x16 x) {
-    for (int half = lanes / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) x.v[i] += x.v[i + half];
-    return x.v[0];
+inline float sum(const f32x16& x) {
+    const quad four = (x.v[0] + x.v[2]) + (x.v[1] + x.v[3]);
+    return (four[0] + four[2]) + (four[1] + four[3]);
 }
-inline float highest(f32x16 x) {
-    for (int half = lanes / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) x.v[i] = x.v[i] > x.v[i + half] ? x.v[i] : x.v[i + half];
-    return x.v[0];
+inline float highest(const f32x16& x) {
+    float result = x.v[0][0];
+    for (int i = 1; i < lanes; ++i) result = x.v[i / 4][i % 4] > result ? x.v[i / 4][i % 4] : result;
+    return result;
 }
+
+inline quad power_of_two(int_quad n) { return quad((n + 127) << 23); }
 inline f32x16 scaled(const f32x16& p, const f32x16& n) {
     return each([&](int i) {
-        const int whole = int(n.v[i]), part = whole >> 1;
-        return p.v[i] * float_of_bits(std::uint32_t(part + 127) << 23) * float_of_bits(std::uint32_t(whole - part + 127) << 23);
+        const int_quad whole = __builtin_convertvector(n.v[i], int_quad), part = whole >> 1;
+        return p.v[i] * power_of_two(part) * power_of_two(whole - part);
     });
 }
 // Adding and taking away 1.5 * 2 ** 23 leaves the nearest whole number, ties to even, below 2 ** 22.
-inline f32x16 nearest(const f32x16& x) {
-    return each([&](int i) { volatile float big = x.v[i] + 12582912.0f; return big - 12582912.0f; });
-}
+inline f32x16 nearest(const f32x16& x) { return each([&](int i) { return (x.v[i] + 12582912.0f) - 12582912.0f; }); }
 inline f32x16 where_not_less(const f32x16& a, const f32x16& b, const f32x16& x) {
-    return each([&](int i) { return a.v[i] < b.v[i] ? 0.0f : x.v[i]; });
+    return each([&](int i) { return choose(a.v[i] < b.v[i], four(0), x.v[i]); });
 }
 
 #endif
