@@ -69,6 +69,7 @@ def attach(
     block_tokens: int = 16,
     retention: Retention | None = None,
     threads: int | None = None,
+    exclusive: bool = False,
 ) -> LanguageModel:
     """Decode a model that you hold. The model stays yours: your own calls of it give what they gave before.
 
@@ -78,6 +79,10 @@ def attach(
         tokenizer: needed for text prompts and for text results.
         vocab_size, max_tokens, device: of a callable; a model knows its own.
         budget_bytes, block_tokens, retention, threads: as for `load`.
+        exclusive: whether KVLoom may have the weights for itself. By default yours stay as they are and KVLoom makes a
+            second, packed copy of the linear layers'. With `exclusive=True` one copy is in memory, the packed one:
+            until `detach`, which puts your weights back bit for bit, calls of your model run on it, and its parameters
+            cannot be read, saved or trained.
 
     Your calls of the model and KVLoom's must not overlap in time. Weights that you change in place are noticed;
     writing through `parameter.data` is not: attach again after that.
@@ -88,7 +93,7 @@ def attach(
     """
     _check_sizes(budget_bytes=budget_bytes, block_tokens=block_tokens, threads=threads, max_tokens=max_tokens)
     check_policy(retention)
-    binding = _bind(model, vocab_size=vocab_size, max_tokens=max_tokens, device=device)
+    binding = _bind(model, vocab_size=vocab_size, max_tokens=max_tokens, device=device, exclusive=exclusive)
     if tokenizer is not None:
         if not hasattr(tokenizer, "get_vocab"):
             raise InvalidRequest(f"`tokenizer` must be a tokenizer of transformers; got {type(tokenizer).__name__}.")
@@ -104,16 +109,25 @@ def attach(
     )
 
 
-def _bind(model: Any, *, vocab_size: int | None, max_tokens: int | None, device: torch.device | str | None) -> Binding:
+def _bind(
+    model: Any,
+    *,
+    vocab_size: int | None,
+    max_tokens: int | None,
+    device: torch.device | str | None,
+    exclusive: bool,
+) -> Binding:
     # PEFT wraps a model of transformers, into which it has put its adapters.
     wrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
     if isinstance(wrapped, PreTrainedModel):
         for name, value in {"vocab_size": vocab_size, "max_tokens": max_tokens, "device": device}.items():
             if value is not None:
                 raise InvalidRequest(f"`{name}` is for callables; a transformers model knows its own.")
-        return _bind_transformers(wrapped, exclusive=False)
+        return _bind_transformers(wrapped, exclusive=exclusive)
     if not callable(model):
         raise UnsupportedModel(f"a {type(model).__name__} is neither a transformers model nor callable.")
+    if exclusive:
+        raise InvalidRequest("`exclusive` is for transformers models; the weights of a callable cannot be seen.")
     if vocab_size is None:
         raise InvalidRequest("a callable f(token_ids) -> logits needs `vocab_size`.")
     return CallableBinding(model, vocab_size=vocab_size, max_tokens=max_tokens, device=device or "cpu")

@@ -21,20 +21,15 @@ from kvloom.cache.retention import Retention, TopBlocks
 from kvloom.calls import check_length
 from kvloom.engine import Engine
 from kvloom.engine.engine import STEP_TOKENS
-from kvloom.engine.footprint import (
-    ATTACHING_ROW_COUNTS,
-    REQUEST_ROW_COUNTS,
-    product_bytes,
-    resident_bytes,
-    warm_up,
-)
+from kvloom.engine.footprint import product_bytes, resident_bytes, warm_up
 from kvloom.engine.planner import default_budget_bytes, request_blocks, worst_case_blocks
 from kvloom.engine.rehearsal import step_bytes
 from kvloom.engine.retaining import check_policy
 from kvloom.errors import CacheFull, InvalidRequest, UnknownOption, UnsupportedModel, UnsupportedOption
 from kvloom.loading import load_config, read_dtype
 from kvloom.models import AttentionInterfaceBinding, Binding
-from kvloom.models.packed import packable, unshared
+from kvloom.models.packed import packable
+from kvloom.models.packings import choose_packing
 from kvloom.models.selfcheck import check_bytes
 from kvloom.models.weightless import Weightless, build_weightless
 
@@ -288,7 +283,7 @@ def plan(
     weightless = build_weightless(config, asked if isinstance(asked, torch.dtype) else own_dtype)
     weights = count_weights(weightless.binding.model, checkpoint_dtype=own_dtype)
     name = "demonstration model" if model is None else os.fspath(model)
-    warm_up(weightless.binding.dtype)
+    warm_up(weightless.binding.dtype, choose_packing())
     return _plan(request, weightless.binding, weightless, weights, name=name, baseline=resident_bytes())
 
 
@@ -318,14 +313,15 @@ def plan_for(engine: Engine, options: dict[str, Any]) -> MemoryPlan:
 
 def count_weights(model: PreTrainedModel, *, checkpoint_dtype: torch.dtype | None = None) -> Weights:
     """Bytes of a model's weights, and of what `load` and `attach` make of them."""
-    linears = packable(model)
+    packing = choose_packing()
+    weights = packable(model, packing)
     tensors = [*model.parameters(), *model.buffers()]
     checkpoint = model.dtype if checkpoint_dtype is None else checkpoint_dtype
     elements = sum(parameter.numel() for parameter in model.parameters())
     return Weights(
         plain_bytes=sum(tensor.nbytes for tensor in tensors),
-        packed_bytes=sum(module.weight.nbytes for module in linears),
-        given_up_bytes=sum(module.weight.nbytes for module in unshared(model, linears)),
+        packed_bytes=sum(packing.packed_bytes(own.parameter) for own in weights) if packing else 0,
+        given_up_bytes=sum(own.parameter.nbytes for own in weights if packing and own.can_be_given_up(packing)),
         converted_bytes=0 if checkpoint == model.dtype else elements * checkpoint.itemsize,
     )
 
@@ -488,10 +484,7 @@ def _plan(
             step_tokens=step_tokens,
         ),
         check_bytes=check_bytes(weightless.binding),
-        products_bytes=(
-            product_bytes(weightless.binding.model, ATTACHING_ROW_COUNTS),
-            product_bytes(weightless.binding.model, ATTACHING_ROW_COUNTS + REQUEST_ROW_COUNTS),
-        ),
+        products_bytes=product_bytes(weightless.binding.model, choose_packing()),
         baseline_bytes=baseline,
         _blocks_at=blocks_at,
     )

@@ -121,7 +121,6 @@ def before_a_wall() -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
         return torch.from_numpy(whole[start : start + tensor.nbytes]).view(tensor.dtype).view(tensor.shape)
 
     yield copy
-    del rooms
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are made unreadable as Linux does it")

@@ -28,6 +28,7 @@ from kvloom.models.binding import Regime
 from kvloom.models.identity import Identity, identify
 from kvloom.models.looking import LOOK, Look, look
 from kvloom.models.packed import PackedLinears
+from kvloom.models.packings import choose_packing
 from kvloom.models.probe import PROBE, PROBE_TOKENS, Probe, run_probe
 from kvloom.models.rotary import RotaryRegimes
 from kvloom.models.turning import TURNING, Recorded, prove_turns
@@ -126,8 +127,8 @@ class AttentionInterfaceBinding:
 
     @property
     def device(self) -> torch.device:
-        """The device of the model's embeddings."""
-        return torch.device(self.model.get_input_embeddings().weight.device)
+        """The device of the model's weights; those that were given up for packed copies are on none."""
+        return next(torch.device(own.device) for own in self.model.parameters() if own.device.type != "meta")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -245,10 +246,14 @@ class AttentionInterfaceBinding:
 
     def pack(self, *, exclusive: bool) -> None:
         """Decode with packed copies of the linear layers; see `PackedLinears` for what `exclusive` does."""
-        self.packed = PackedLinears(self.model, exclusive=exclusive)
+        packing = choose_packing() if self.device.type == "cpu" else None
+        self.packed = PackedLinears(self.model, packing, exclusive=exclusive)
 
     def detach(self) -> None:
-        """Nothing to undo: between two of our forward passes the model is its owner's."""
+        """Put back weights that were given up; else, between two of our forward passes the model is its owner's."""
+        if self.packed is not None:
+            with self._lock:
+                self.packed.restore()
 
     def _forward_probe(self, probe: Probe) -> None:
         token_ids = torch.arange(PROBE_TOKENS, device=self.device)[None] % self.vocab_size

@@ -1,99 +1,186 @@
-"""Linear layers over weights that are packed once, by oneDNN, for the CPU they run on.
+"""Linear layers over weights that are packed once for the CPU that they run on.
 
-A decode step reads every weight once, so it is as fast as weights can be read. `F.linear` reads plain weights
-at a third of the memory bandwidth for one to eight rows; oneDNN's own layout, in blocks that match the vector
-registers, comes close to all of it (measured in `benchmarks/README.md`). The two operators are those that
-`torch.compile` uses on CPUs; they are not public API, so everything works without them, at the plain speed.
+A decode step reads every weight once, so it is as fast as weights can be read; `F.linear` reads plain weights at a
+third of the memory bandwidth for one to eight rows (measured in `benchmarks/README.md`).
+
+A model that is ours alone, from `load` or `attach(exclusive=True)`, gives its plain weights up as they are packed, so
+that one copy is in memory. Tied embeddings look their rows up in the packed weight. `restore` undoes all of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kvloom.models.mapped import Range, drop_pages, mapped_files
+from kvloom.models.packings import Packing, is_right
+from kvloom.native.linear import PackedWeight
 
-# Packing favours this number of rows; measured, one hint serves 1 to 512 rows alike.
-ROWS_HINT = 512
-# Below this many weights a plain product costs as little as the call.
-MIN_WEIGHTS = 1 << 16
-PACKED_DTYPES = (torch.bfloat16, torch.float32)
+
+@dataclass(eq=False)
+class Weight:
+    """A parameter and all that use it.
+
+    Attributes:
+        linears: plain linear layers, which use it packed.
+        embeddings: plain embeddings, which can look its rows up.
+        elsewhere: whether anything else uses it.
+    """
+
+    parameter: nn.Parameter
+    linears: list[nn.Linear] = field(default_factory=list)
+    embeddings: list[nn.Embedding] = field(default_factory=list)
+    elsewhere: bool = False
+
+    def can_be_given_up(self, packing: Packing) -> bool:
+        """Whether nobody needs it plain."""
+        return not self.elsewhere and (packing.is_native or not self.embeddings)
+
+
+def packable(model: nn.Module, packing: Packing | None, *, exclusive: bool = False) -> list[Weight]:
+    """The weights of a model's plain linear layers on a CPU that are of a dtype and a size that packing helps.
+
+    What adapters and quantizers put in the place of a linear layer is left alone. So is, in a model that is to give its
+    weights up, the layer that an adapter wraps: adapters are merged into plain weights.
+    """
+    if packing is None:
+        return []
+    weights: dict[int, Weight] = {}
+    wrapped = {id(own) for outer in model.modules() if exclusive and _is_adapter(outer) for own in outer.modules()}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            weight = weights.setdefault(id(parameter), Weight(parameter))
+            if name == "weight" and id(module) not in wrapped and type(module) is nn.Linear and _is_plain(module):
+                weight.linears.append(module)
+            elif name == "weight" and type(module) is nn.Embedding and _is_plain(module) and module.max_norm is None:
+                weight.embeddings.append(module)
+            else:
+                weight.elsewhere = True
+    return [
+        weight
+        for weight in weights.values()
+        if weight.linears
+        and weight.parameter.device.type == "cpu"
+        and weight.parameter.dtype in packing.dtypes
+        and weight.parameter.numel() >= packing.min_weights
+    ]
 
 
 class PackedLinear:
-    """The packed copy of one linear layer, and a forward that uses it."""
+    """A linear layer that uses a packed weight."""
 
-    def __init__(self, module: nn.Linear) -> None:
+    def __init__(self, module: nn.Linear, packing: Packing, packed: Any) -> None:
         self.module = module
-        self._pack()
-
-    @torch.no_grad()
-    def is_right(self) -> bool:
-        """Whether the packed product equals the plain one on a small input, up to rounding."""
-        weight = self.module.weight
-        probe = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype).view(2, -1)
-        plain = nn.functional.linear(probe, weight, self.module.bias).float()
-        error = (self.forward(probe).float() - plain).norm()
-        return bool(error <= 1e-2 * plain.norm())
-
-    def _pack(self) -> None:
-        weight = self.module.weight
-        self._seen = _state(weight)
-        self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS_HINT)
+        self.packed = packed
+        self._packing = packing
+        self._seen = _state(module.weight)
 
     def refresh(self) -> None:
-        """Pack again if the owner has replaced the weights or written to them."""
+        """Pack again if the owner has replaced the weight or written to it."""
         if self._seen != _state(self.module.weight):
-            self._pack()
-
-    def plain(self) -> Tensor:
-        """The weight as it was before packing, bit for bit: packing only moves numbers."""
-        return self._packed.to_dense()
+            self.packed = self._packing.pack(self.module.weight)
+            self._seen = _state(self.module.weight)
 
     def forward(self, input: Tensor) -> Tensor:
         """What `nn.Linear.forward` returns."""
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(input, self._packed, self.module.bias, "none", [], "")
-        return output
+        return self._packing.linear(input, self.packed, self.module.bias)
+
+
+class LookedUp:
+    """An embedding that looks rows up in a packed weight."""
+
+    def __init__(self, packing: Packing, packed: Any) -> None:
+        self._packing = packing
+        self._packed = packed
+
+    def forward(self, input: Tensor) -> Tensor:
+        """What `nn.Embedding.forward` returns."""
+        return self._packing.look_up(self._packed, input)
+
+
+class GivenUp:
+    """A parameter without its memory. In its modules a placeholder with its shape and dtype stands for it."""
+
+    def __init__(self, weight: Weight, packed: Any, files: list[Range]) -> None:
+        self._parameter = weight.parameter
+        self._users = [*weight.linears, *weight.embeddings]
+        self._packed = packed
+        placeholder = nn.Parameter(weight.parameter.to("meta"), requires_grad=False)
+        for module in self._users:
+            module.weight = placeholder
+        drop_pages(weight.parameter, files)
+        # The object stays, with all that its owner has hung on it.
+        self._parameter.data = torch.empty(0, dtype=self._parameter.dtype)
+
+    def restore(self, packing: Packing) -> None:
+        """Put it back as it was."""
+        self._parameter.data = packing.unpack(self._packed)
+        for module in self._users:
+            module.weight = self._parameter
 
 
 class PackedLinears:
     """The packed copies of a model's linear layers.
 
-    Only plain `nn.Linear` modules are packed: what adapters and quantizers put in their place is left alone.
-
     Args:
-        exclusive: whether the model is ours. Then the plain weights are given up, so that one copy is in memory
-            (weights that other modules share, such as tied embeddings, stay), and every forward pass uses the
-            packed ones. Else the owner's weights stay, and packed ones are used within `active` alone.
+        packing: how; None packs nothing.
+        exclusive: whether the model is ours. Then the plain weights that nothing else uses are given up, and every
+            forward pass uses the packed ones. Else the owner's weights stay, and packed ones are used within
+            `active` alone.
     """
 
-    def __init__(self, model: nn.Module, *, exclusive: bool) -> None:
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, packing: Packing | None, *, exclusive: bool) -> None:
         self._exclusive = exclusive
-        self._layers: list[PackedLinear] = []
-        modules = packable(model)
-        given_up = {id(module) for module in unshared(model, modules)} if exclusive else set()
+        self._packing = packing
+        self._layers: dict[nn.Module, PackedLinear] = {}
+        self._packed_of: dict[nn.Module, Any] = {}
+        self._given_up: list[GivenUp] = []
+        self.packed_bytes = 0
+        if packing is None:
+            return
+        weights = packable(model, packing, exclusive=exclusive)
+        packing.reserve(weight.parameter for weight in weights)
         files = mapped_files() if exclusive else []
-        for module in modules:
-            layer = PackedLinear(module)
-            if layer.is_right():
-                self._layers.append(layer)
-                if exclusive:
-                    module.__dict__["forward"] = layer.forward
-                if id(module) in given_up:
-                    # One by one, so that a whole second copy is never in memory.
-                    _give_up_plain_weight(module, files)
+        for weight in weights:
+            packed = packing.pack(weight.parameter)
+            if is_right(packing, packed, weight.parameter):
+                # One by one, so that a whole second copy is never in memory.
+                self._take_over(weight, packing, packed, files)
 
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of the packed copies."""
-        return sum(layer.module.weight.numel() * layer.module.weight.element_size() for layer in self._layers)
+    def _take_over(self, weight: Weight, packing: Packing, packed: Any, files: list[Range]) -> None:
+        self.packed_bytes += packing.packed_bytes(weight.parameter)
+        for module in weight.linears:
+            self._layers[module] = PackedLinear(module, packing, packed)
+            self._packed_of[module] = packed
+        if not self._exclusive:
+            return
+        for module in weight.linears:
+            module.__dict__["forward"] = self._layers[module].forward
+        if weight.can_be_given_up(packing):
+            for embedding in weight.embeddings:
+                embedding.__dict__["forward"] = LookedUp(packing, packed).forward
+                self._packed_of[embedding] = packed
+            self._given_up.append(GivenUp(weight, packed, files))
+
+    def weight_of(self, module: nn.Module) -> PackedWeight | None:
+        """The packed weight of a linear layer as it is now; None if the native kernels have none."""
+        layer = self._layers.get(module)
+        if layer is None or not isinstance(layer.packed, PackedWeight):
+            return None
+        if not self._exclusive:
+            layer.refresh()
+        return layer.packed
 
     def plain_weight(self, module: nn.Module) -> Tensor | None:
-        """The plain weight of a packed layer, made anew; None if the module is not packed."""
-        return next((layer.plain() for layer in self._layers if layer.module is module), None)
+        """The plain weight of a module that has given it up, made anew; None if it has not."""
+        packed = self._packed_of.get(module)
+        return None if packed is None or self._packing is None else self._packing.unpack(packed)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -103,9 +190,9 @@ class PackedLinears:
             return
         own: list[tuple[dict[str, object], Callable[[Tensor], Tensor] | None]] = []
         try:
-            for layer in self._layers:
+            for module, layer in self._layers.items():
                 layer.refresh()
-                attributes = layer.module.__dict__
+                attributes = module.__dict__
                 own.append((attributes, attributes.get("forward")))
                 attributes["forward"] = layer.forward
             yield
@@ -116,47 +203,27 @@ class PackedLinears:
                 else:
                     attributes["forward"] = forward
 
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the model back as it was, plain weights and all. Nothing is packed any more."""
+        if self._exclusive and self._packing is not None:
+            for module in self._packed_of:
+                module.__dict__.pop("forward", None)
+            for given_up in self._given_up:
+                given_up.restore(self._packing)
+        self._layers, self._packed_of, self._given_up, self.packed_bytes = {}, {}, [], 0
 
-def packable(model: nn.Module) -> list[nn.Linear]:
-    """The plain linear layers on a CPU that are of a dtype and a size that packing helps."""
-    if not _operators_exist():
-        return []
-    return [
-        module
-        for module in model.modules()
-        if type(module) is nn.Linear
-        and "forward" not in module.__dict__
-        and module.weight.device.type == "cpu"
-        and module.weight.dtype in PACKED_DTYPES
-        and module.weight.numel() >= MIN_WEIGHTS
-    ]
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether nobody has replaced its forward."""
+    return "forward" not in module.__dict__
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    """PEFT's layers."""
+    return isinstance(getattr(type(module), "active_adapters", None), property)
 
 
 def _state(weight: Tensor) -> tuple[int, int]:
     """Changes when the weight is replaced or written to."""
     return weight.data_ptr(), 0 if weight.is_inference() else weight._version
-
-
-def _operators_exist() -> bool:
-    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return available and all(
-        hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")
-    )
-
-
-def unshared(model: nn.Module, modules: list[nn.Linear]) -> list[nn.Linear]:
-    """Those of the packable `modules` whose weights no other module uses, as tied embeddings do."""
-    own = {id(module) for module in modules}
-    used_elsewhere = {
-        id(parameter)
-        for module in model.modules()
-        if id(module) not in own
-        for parameter in module.parameters(recurse=False)
-    }
-    return [module for module in modules if id(module.weight) not in used_elsewhere]
-
-
-def _give_up_plain_weight(module: nn.Linear, files: list[Range]) -> None:
-    """Replace the plain weight by a tensor that has a shape and a dtype, and no memory."""
-    drop_pages(module.weight, files)
-    module.weight = nn.Parameter(module.weight.to("meta"), requires_grad=False)
