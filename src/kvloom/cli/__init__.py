@@ -10,6 +10,7 @@ import click
 from kvloom import __version__
 from kvloom.cli.bench import bench
 from kvloom.cli.chat import chat
+from kvloom.cli.doctor import doctor
 from kvloom.cli.explain import explain
 from kvloom.cli.generate import generate
 from kvloom.cli.group import Loom
@@ -37,6 +38,7 @@ def kvloom() -> None:
 
 kvloom.add_command(bench)
 kvloom.add_command(chat)
+kvloom.add_command(doctor)
 kvloom.add_command(explain)
 kvloom.add_command(generate)
 kvloom.add_command(plan)

@@ -3,5 +3,6 @@
 from kvloom.models.attention_interface import AttentionInterfaceBinding
 from kvloom.models.binding import Binding, Regime
 from kvloom.models.callable import CallableBinding
+from kvloom.models.operations import Operation
 
-__all__ = ["AttentionInterfaceBinding", "Binding", "CallableBinding", "Regime"]
+__all__ = ["AttentionInterfaceBinding", "Binding", "CallableBinding", "Operation", "Regime"]

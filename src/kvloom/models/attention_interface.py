@@ -27,6 +27,7 @@ from kvloom.errors import ModelError, UnsupportedModel
 from kvloom.models.binding import Regime
 from kvloom.models.identity import Identity, identify
 from kvloom.models.looking import LOOK, Look, look
+from kvloom.models.operations import Operation, linear_operations
 from kvloom.models.packed import PackedLinears
 from kvloom.models.packings import choose_packing
 from kvloom.models.probe import PROBE, PROBE_TOKENS, Probe, run_probe
@@ -248,6 +249,11 @@ class AttentionInterfaceBinding:
         """Decode with packed copies of the linear layers; see `PackedLinears` for what `exclusive` does."""
         packing = choose_packing() if self.device.type == "cpu" else None
         self.packed = PackedLinears(self.model, packing, exclusive=exclusive)
+
+    def operations(self) -> tuple[Operation, ...]:
+        """The linear layers one by one, and the rest."""
+        linear = linear_operations(self.model, self.packed)
+        return (*linear, Operation("attention, norms, activations", False, "run in PyTorch's operators"))
 
     def detach(self) -> None:
         """Put back weights that were given up; else, between two of our forward passes the model is its owner's."""

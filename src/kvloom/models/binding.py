@@ -12,6 +12,7 @@ from kvloom.attention import Plan
 from kvloom.attention.turn import Turn
 from kvloom.cache import LayerShape, Store
 from kvloom.models.identity import Identity
+from kvloom.models.operations import Operation
 
 # What the rotary factors of a sequence depend on besides positions; rows of unlike regimes run apart.
 Regime = Hashable
@@ -96,6 +97,10 @@ class Binding(Protocol):
         Returns:
             logits, float[batch, last, vocab].
         """
+        ...
+
+    def operations(self) -> tuple[Operation, ...]:
+        """What the model does, and which of it runs in native kernels."""
         ...
 
     def detach(self) -> None:

@@ -13,6 +13,7 @@ from kvloom.cache import LayerShape, Store
 from kvloom.errors import UnsupportedModel
 from kvloom.models.binding import Regime
 from kvloom.models.identity import Identity
+from kvloom.models.operations import Operation
 
 
 class CallableBinding:
@@ -79,6 +80,10 @@ class CallableBinding:
                 f"{tuple(token_ids.shape)}; it returned {got}."
             )
         return logits if last is None else logits[:, -last:]
+
+    def operations(self) -> tuple[Operation, ...]:
+        """One, and what it does cannot be seen."""
+        return (Operation("the callable", False, "what it calculates cannot be seen"),)
 
     def detach(self) -> None:
         """Nothing was done to the callable."""

@@ -168,6 +168,11 @@ class PackedLinears:
                 self._packed_of[embedding] = packed
             self._given_up.append(GivenUp(weight, packed, files))
 
+    @property
+    def is_native(self) -> bool:
+        """Whether the native kernels' packing is used."""
+        return self._packing is not None and self._packing.is_native
+
     def weight_of(self, module: nn.Module) -> PackedWeight | None:
         """The packed weight of a linear layer as it is now; None if the native kernels have none."""
         layer = self._layers.get(module)
