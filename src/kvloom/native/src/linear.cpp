@@ -96,7 +96,7 @@ void multiply(const Piece<Element>& piece, const Projection& to, std::int64_t ro
             decltype(F::line(w)) weights[Tiles];
             for (int t = 0; t < Tiles; ++t) {
                 weights[t] = F::line(w + t * piece.tile_stride);
-                if (t < piece.asked) __builtin_prefetch(ahead + t * piece.tile_stride, 0, 2);
+                if (t < piece.asked) __builtin_prefetch(ahead + t * piece.tile_stride, 0, 3);
             }
             for (int r = 0; r < Rows; ++r) {
                 const auto inputs = F::inputs(x + r * piece.input_stride);
@@ -160,7 +160,8 @@ constexpr std::int64_t few_rows = vector_registers >= 32 ? 8 : 4;  // that one k
 
 std::int64_t tiles_of(const Projection& projection) { return ceil_div(projection.outputs, lanes); }
 
-constexpr std::int64_t lines_ahead = 24;
+// Measured: with more rows a line is worked on for longer, and memory has to be asked for it earlier.
+constexpr std::int64_t lines_ahead(std::int64_t rows) { return rows <= 4 ? 24 : 48; }
 
 // Few rows: weights are read once, in order, each thread a contiguous part of all projections' tiles.
 template <class Element> void stream(const LinearCall& call, const Piece<Element>& whole) {
@@ -261,7 +262,7 @@ template <class Element> void linear_of(const LinearCall& call) {
     using Input = typename Format<Element>::Input;
     const std::int64_t tile = tile_elements<Element>(call.inner), padded = tile / lanes;
     Piece<Element> whole{static_cast<const Input*>(call.inputs), call.input_stride, nullptr, tile,
-                         padded / depth_of<Element>, lines_ahead, nullptr, 0, nullptr, true, true};
+                         padded / depth_of<Element>, lines_ahead(call.rows), nullptr, 0, nullptr, true, true};
     Input* converted = nullptr;
     if (!std::is_same<Input, Element>::value || padded != call.inner) {
 #pragma omp single copyprivate(converted)
