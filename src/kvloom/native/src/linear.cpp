@@ -84,37 +84,37 @@ template <class Element, int Rows, int Tiles>
 void multiply(const Piece<Element>& piece, const Projection& to, std::int64_t row, std::int64_t tile) {
     using F = Format<Element>;
     constexpr int depth = depth_of<Element>;
-    f32x16 sums[Rows][Tiles];
-    for (int r = 0; r < Rows; ++r)
-        for (int t = 0; t < Tiles; ++t)
-            sums[r][t] = piece.is_first ? zeros() : load(piece.sums + (r * tiles_a_piece + t) * lanes);
+    constexpr int line_elements = lanes * depth;
+    f32x16 sums[Rows * Tiles];
+    const auto set_down = [&](int r, int t) { return piece.sums + (r * tiles_a_piece + t) * lanes; };
+    if (piece.is_first) unrolled<Rows * Tiles>([&](auto i) KVLOOM_INLINE { sums[i] = zeros(); });
+    else unrolled<Rows * Tiles>([&](auto i) KVLOOM_INLINE { sums[i] = load(set_down(i / Tiles, i % Tiles)); });
 
     const auto* x = piece.inputs;
     const Element* w = piece.weights;
-    const auto walk = [&](std::int64_t lines, const Element* ahead) __attribute__((always_inline)) {
-        for (std::int64_t line = 0; line < lines; ++line) {
+    const auto walk = [&](std::int64_t lines, const Element* ahead) KVLOOM_INLINE {
+        for (std::int64_t line = 0; line < lines; ++line, w += line_elements, ahead += line_elements, x += depth) {
             decltype(F::line(w)) weights[Tiles];
-            for (int t = 0; t < Tiles; ++t) {
+            unrolled<Tiles>([&](auto t) KVLOOM_INLINE {
                 weights[t] = F::line(w + t * piece.tile_stride);
                 if (t < piece.asked) __builtin_prefetch(ahead + t * piece.tile_stride, 0, 3);
-            }
-            for (int r = 0; r < Rows; ++r) {
+            });
+            unrolled<Rows>([&](auto r) KVLOOM_INLINE {
                 const auto inputs = F::inputs(x + r * piece.input_stride);
-                for (int t = 0; t < Tiles; ++t) sums[r][t] = F::add(sums[r][t], weights[t], inputs);
-            }
-            w += lanes * depth;
-            ahead += lanes * depth;
-            x += depth;
+                unrolled<Tiles>([&](auto t) KVLOOM_INLINE {
+                    sums[r * Tiles + t] = F::add(sums[r * Tiles + t], weights[t], inputs);
+                });
+            });
         }
     };
     const std::int64_t near = std::max<std::int64_t>(piece.lines - piece.distance, 0);
-    walk(near, w + piece.distance * (lanes * depth));
+    walk(near, w + piece.distance * line_elements);
     walk(piece.lines - near, piece.next);
 
-    for (int r = 0; r < Rows; ++r)
-        for (int t = 0; t < Tiles; ++t)
-            if (piece.is_last) finish<Element>(to, row + r, tile + t, sums[r][t]);
-            else store(piece.sums + (r * tiles_a_piece + t) * lanes, sums[r][t]);
+    if (piece.is_last)
+        unrolled<Rows * Tiles>([&](auto i) KVLOOM_INLINE { finish<Element>(to, row + i / Tiles, tile + i % Tiles, sums[i]); });
+    else
+        unrolled<Rows * Tiles>([&](auto i) KVLOOM_INLINE { store(set_down(i / Tiles, i % Tiles), sums[i]); });
 }
 
 // Kernels by shape. Accumulators, the lines of the tiles and one input have to fit the registers.
@@ -189,7 +189,8 @@ template <class Element> void stream(const LinearCall& call, const Piece<Element
 
 // Many rows: a piece of k of a few tiles stays in the nearest cache while the rows of a chunk pass by. Meanwhile the next
 // piece is asked for.
-constexpr std::int64_t lines_a_piece = 112;  // of four tiles: 28 KiB
+// Measured: while memory is what is waited for, long pieces keep it busier.
+constexpr std::int64_t lines_a_piece(std::int64_t rows) { return rows <= 64 ? 512 : 224; }
 constexpr std::int64_t rows_a_chunk = 192;
 template <class Element>
 void pass_by(Piece<Element> piece, const Projection& to, std::int64_t first_row, std::int64_t rows, std::int64_t first_tile) {
@@ -233,7 +234,7 @@ template <class Element> void sweep(const LinearCall& call, const Piece<Element>
         piece.weights = static_cast<const Element*>(to->weights) + tile * piece.tile_stride;
         piece.sums = sums;
         for (std::int64_t line = 0; line < whole.lines; line += piece.lines) {
-            piece.lines = std::min(lines_a_piece, whole.lines - line);
+            piece.lines = std::min(lines_a_piece(call.rows), whole.lines - line);
             piece.distance = piece.lines;
             piece.is_first = line == 0;
             piece.is_last = line + piece.lines == whole.lines;

@@ -8,12 +8,16 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
 #endif
 
 #define KVLOOM_EXPORT extern "C" __attribute__((visibility("default")))
+
+#define KVLOOM_INLINE __attribute__((always_inline))
 
 namespace kvloom {
 
@@ -320,6 +324,15 @@ inline f32x16 where_not_less(const f32x16& a, const f32x16& b, const f32x16& x) 
 #endif
 
 // ---- everywhere -----------------------------------------------------------------------------------------------
+
+// f(0), f(1) ... f(count - 1), with numbers that the compiler knows early enough to keep arrays of vectors in registers.
+template <int... Index, class Function>
+KVLOOM_INLINE inline void call_each(std::integer_sequence<int, Index...>, const Function& f) {
+    (f(std::integral_constant<int, Index>{}), ...);
+}
+template <int count, class Function> KVLOOM_INLINE inline void unrolled(const Function& f) {
+    call_each(std::make_integer_sequence<int, count>{}, f);
+}
 
 // acc[i] + a[2i] * b[2i] + a[2i + 1] * b[2i + 1]. The CPU's own instruction takes denormals as zeros.
 inline f32x16 dot_pairs(f32x16 acc, bf16x32 a, bf16x32 b) {

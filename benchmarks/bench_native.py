@@ -1,0 +1,147 @@
+"""The native kernels one by one, beside PyTorch's operators. Be alone on the machine.
+
+Linear layers: a weight that is used once a step comes from memory, so each measurement walks over many weights of one
+shape, more than the caches hold. Few rows are bound by reading (GB/s of weights), many by arithmetic (GFLOP/s). The
+three ways are run in turns; the median of all turns counts.
+
+    python benchmarks/bench_native.py                         # about a minute
+    python benchmarks/bench_native.py --dtype float32 --shape 4096x4096
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import torch
+from bench_decoding import tell_facts
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from kvloom.models.packings import NativePacking, OneDnnPacking
+from kvloom.native import Library, native
+from kvloom.native.bandwidth import read_bandwidth
+from kvloom.native.linear import LinearKernels
+
+SHAPES = ("896x896", "4864x896", "896x4864", "151936x896", "4096x4096")
+FEW_ROWS, MANY_ROWS = (1, 2, 3, 4, 8, 16), (64, 512, 2_048)
+WEIGHTS_BYTES = 192 << 20
+MOST_LOGITS_BYTES = 256 << 20
+
+
+def linear_ways(library: Library, weights: list[Tensor]) -> dict[str, Callable[[Tensor], None]]:
+    """Functions that multiply rows with each of the weights once, by name."""
+    ways: dict[str, Callable[[Tensor], None]] = {}
+    packing = NativePacking(LinearKernels(library))
+    packing.reserve(weights)
+    packed = [packing.pack(weight) for weight in weights]
+    ways["native"] = lambda rows: [packing.linear(rows, own, None) for own in packed] and None
+    ways["F.linear"] = lambda rows: [torch.nn.functional.linear(rows, own) for own in weights] and None
+    if OneDnnPacking.exists() and weights[0].dtype in OneDnnPacking.dtypes:
+        onednn = OneDnnPacking()
+        reordered = [onednn.pack(weight) for weight in weights]
+        ways["oneDNN packed"] = lambda rows: [onednn.linear(rows, own, None) for own in reordered] and None
+    return ways
+
+
+@torch.inference_mode()
+def time_in_turns(ways: dict[str, Callable[[Tensor], None]], rows: Tensor, turns: int) -> dict[str, float]:
+    """Median seconds of each."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(turns + 1):
+        for name, run in ways.items():
+            start = time.perf_counter()
+            run(rows)
+            if turn:  # the first is to warm up
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(own) for name, own in seconds.items()}
+
+
+def measure_linear(
+    library: Library, shape: str, dtype: torch.dtype, *, few_rows: tuple[int, ...], many_rows: tuple[int, ...], turns: int
+) -> list[dict[str, object]]:
+    """One entry a number of rows and way: GB/s of weights, GFLOP/s, seconds a product."""
+    outputs, inner = map(int, shape.split("x"))
+    size = outputs * inner * dtype.itemsize
+    weights = [torch.randn(outputs, inner).to(dtype) for _ in range(max(1, WEIGHTS_BYTES // size))]
+    ways = linear_ways(library, weights)
+    found: list[dict[str, object]] = []
+    for count in (*few_rows, *many_rows):
+        if count * outputs * dtype.itemsize > MOST_LOGITS_BYTES:
+            continue
+        some = {name: run for name, run in ways.items()}
+        rows = torch.randn(count, inner).to(dtype)
+        for name, seconds in time_in_turns(some, rows, turns if count in few_rows else 2).items():
+            once = seconds / len(weights)
+            found.append(
+                {
+                    "shape": shape,
+                    "rows": count,
+                    "way": name,
+                    "seconds": once,
+                    "bytes_per_second": size / once,
+                    "flops": 2 * outputs * inner * count / once,
+                }
+            )
+    return found
+
+
+def print_linear(found: list[dict[str, object]], bandwidth: float) -> None:
+    """GB/s for few rows, GFLOP/s for many."""
+    names = list(dict.fromkeys(str(own["way"]) for own in found))
+    table = Table(title=f"linear layers; memory is read at {bandwidth / 1e9:.1f} GB/s")
+    for heading in ("outputs x inner", "rows", *names, "unit", "of bandwidth"):
+        table.add_column(heading, justify="right")
+    for shape, rows in dict.fromkeys((str(own["shape"]), int(str(own["rows"]))) for own in found):
+        own = {str(one["way"]): one for one in found if (one["shape"], one["rows"]) == (shape, rows)}
+        few = rows in FEW_ROWS
+        figures = [float(str(own[name]["bytes_per_second" if few else "flops"])) / 1e9 for name in names]
+        share = f"{100 * figures[0] * 1e9 / bandwidth:.0f} %" if few else ""
+        table.add_row(shape, str(rows), *(f"{own:.1f}" for own in figures), "GB/s" if few else "GFLOP/s", share)
+    Console().print(table)
+
+
+@click.command()
+@click.option("--shape", "shapes", multiple=True, default=SHAPES, show_default=True, help="outputs x inner.")
+@click.option("--rows", "wanted_rows", multiple=True, type=int, help="Only these numbers of rows.")
+@click.option("--turns", default=5, show_default=True, help="Of few rows; many are run twice.")
+@click.option("--dtype", default="bfloat16", show_default=True)
+@click.option("--threads", type=int, help="PyTorch's threads; by default as PyTorch has them.")
+@click.option(
+    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Also write the figures here."
+)
+def main(
+    shapes: tuple[str, ...],
+    wanted_rows: tuple[int, ...],
+    turns: int,
+    dtype: str,
+    threads: int | None,
+    json_path: Path | None,
+) -> None:
+    """Measure the kernels on this machine."""
+    if threads:
+        torch.set_num_threads(threads)
+    library = native()
+    if not isinstance(library, Library):
+        raise click.ClickException(f"no native kernels: {library.reason}")
+    few, many = (
+        tuple(rows for rows in all_rows if not wanted_rows or rows in wanted_rows) for all_rows in (FEW_ROWS, MANY_ROWS)
+    )
+    bandwidth = read_bandwidth(library, threads=torch.get_num_threads())
+    found = []
+    for shape in shapes:
+        found += measure_linear(library, shape, getattr(torch, dtype), few_rows=few, many_rows=many, turns=turns)
+    print_linear(found, bandwidth)
+    facts = tell_facts(dtype=dtype, runs=turns)
+    if json_path:
+        figures = {"bytes_per_second": bandwidth, "linear": found}
+        json_path.write_text(json.dumps({"facts": facts, "figures": figures}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
