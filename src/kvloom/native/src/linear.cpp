@@ -63,7 +63,7 @@ constexpr int tiles_a_piece = 4;
 
 // One product of 16 outputs, complete: bias, rounding, residual.
 template <class Element>
-inline void finish(const Projection& to, std::int64_t row, std::int64_t tile, f32x16 sums) {
+void finish(const Projection& to, std::int64_t row, std::int64_t tile, f32x16 sums) {
     const std::int64_t n = tile * lanes;
     const int count = int(std::min<std::int64_t>(lanes, to.outputs - n));
     Element* output = static_cast<Element*>(to.output) + row * to.output_stride + n;
@@ -111,10 +111,13 @@ void multiply(const Piece<Element>& piece, const Projection& to, std::int64_t ro
     walk(near, w + piece.distance * line_elements);
     walk(piece.lines - near, piece.next);
 
-    if (piece.is_last)
-        unrolled<Rows * Tiles>([&](auto i) KVLOOM_INLINE { finish<Element>(to, row + i / Tiles, tile + i % Tiles, sums[i]); });
-    else
+    if (!piece.is_last) {
         unrolled<Rows * Tiles>([&](auto i) KVLOOM_INLINE { store(set_down(i / Tiles, i % Tiles), sums[i]); });
+        return;
+    }
+    float done[Rows * Tiles][lanes];
+    unrolled<Rows * Tiles>([&](auto i) KVLOOM_INLINE { store(done[i], sums[i]); });
+    for (int i = 0; i < Rows * Tiles; ++i) finish<Element>(to, row + i / Tiles, tile + i % Tiles, load(done[i]));
 }
 
 // Kernels by shape. Accumulators, the lines of the tiles and one input have to fit the registers.
@@ -223,11 +226,11 @@ template <class Element> void sweep(const LinearCall& call, const Piece<Element>
     std::int64_t groups = 0;
     for (int p = 0; p < call.projection_count; ++p) groups += ceil_div(tiles_of(call.projections[p]), tiles_a_piece);
     alignas(64) static thread_local float sums[rows_a_chunk * tiles_a_piece * lanes];
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
     for (std::int64_t task = 0; task < chunks * groups; ++task) {
-        const std::int64_t row = task / groups * rows_a_chunk, rows = std::min(rows_a_chunk, call.rows - row);
+        const std::int64_t row = task % chunks * rows_a_chunk, rows = std::min(rows_a_chunk, call.rows - row);
         const Projection* to = call.projections;
-        std::int64_t tile = task % groups * tiles_a_piece;
+        std::int64_t tile = task / chunks * tiles_a_piece;
         for (; tile >= tiles_of(*to); ++to) tile -= ceil_div(tiles_of(*to), tiles_a_piece) * tiles_a_piece;
         Piece<Element> piece = whole;
         piece.inputs += row * piece.input_stride;
