@@ -1,8 +1,8 @@
 """The native kernels one by one, beside PyTorch's operators. Be alone on the machine.
 
 Linear layers: a weight that is used once a step comes from memory, so each measurement walks over many weights of one
-shape, more than the caches hold. Few rows are bound by reading (GB/s of weights), many by arithmetic (GFLOP/s). The
-three ways are run in turns; the median of all turns counts.
+shape, more than the caches hold. Few rows are bound by reading (GB/s of weights), many by arithmetic (GFLOP/s). All
+ways are run in turns, plain reading of the same memory among them; the median of all turns counts.
 
     python benchmarks/bench_native.py                         # about a minute
     python benchmarks/bench_native.py --dtype float32 --shape 4096x4096
@@ -10,6 +10,7 @@ three ways are run in turns; the median of all turns counts.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import statistics
 import time
@@ -25,32 +26,38 @@ from torch import Tensor
 
 from kvloom.models.packings import NativePacking, OneDnnPacking
 from kvloom.native import Library, native
-from kvloom.native.bandwidth import read_bandwidth
+from kvloom.native.bandwidth import memory_bandwidth
 from kvloom.native.linear import LinearKernels
 
+READING = "reading"
 SHAPES = ("896x896", "4864x896", "896x4864", "151936x896", "4096x4096")
 FEW_ROWS, MANY_ROWS = (1, 2, 3, 4, 8, 16), (64, 512, 2_048)
 WEIGHTS_BYTES = 192 << 20
 MOST_LOGITS_BYTES = 256 << 20
 
 
-def linear_ways(library: Library, weights: list[Tensor]) -> dict[str, Callable[[Tensor], None]]:
-    """Functions that multiply rows with each of the weights once, by name."""
-    ways: dict[str, Callable[[Tensor], None]] = {}
+def linear_ways(library: Library, weights: list[Tensor]) -> dict[str, Callable[[Tensor], object]]:
+    """Functions that multiply rows with each of the weights once, by name; the first only reads their memory."""
     packing = NativePacking(LinearKernels(library))
     packing.reserve(weights)
     packed = [packing.pack(weight) for weight in weights]
-    ways["native"] = lambda rows: [packing.linear(rows, own, None) for own in packed] and None
-    ways["F.linear"] = lambda rows: [torch.nn.functional.linear(rows, own) for own in weights] and None
+    first, last = packed[0].data, packed[-1].data
+    floats = (last.data_ptr() + last.nbytes - first.data_ptr()) // 4
+    read = library.function("kvloom_read", ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, restype=ctypes.c_float)
+    ways: dict[str, Callable[[Tensor], object]] = {
+        READING: lambda _: read(first.data_ptr(), floats, torch.get_num_threads()),
+        "native": lambda rows: [packing.linear(rows, own, None) for own in packed],
+        "F.linear": lambda rows: [torch.nn.functional.linear(rows, own) for own in weights],
+    }
     if OneDnnPacking.exists() and weights[0].dtype in OneDnnPacking.dtypes:
         onednn = OneDnnPacking()
         reordered = [onednn.pack(weight) for weight in weights]
-        ways["oneDNN packed"] = lambda rows: [onednn.linear(rows, own, None) for own in reordered] and None
+        ways["oneDNN packed"] = lambda rows: [onednn.linear(rows, own, None) for own in reordered]
     return ways
 
 
 @torch.inference_mode()
-def time_in_turns(ways: dict[str, Callable[[Tensor], None]], rows: Tensor, turns: int) -> dict[str, float]:
+def time_in_turns(ways: dict[str, Callable[[Tensor], object]], rows: Tensor, turns: int) -> dict[str, float]:
     """Median seconds of each."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(turns + 1):
@@ -63,7 +70,13 @@ def time_in_turns(ways: dict[str, Callable[[Tensor], None]], rows: Tensor, turns
 
 
 def measure_linear(
-    library: Library, shape: str, dtype: torch.dtype, *, few_rows: tuple[int, ...], many_rows: tuple[int, ...], turns: int
+    library: Library,
+    shape: str,
+    dtype: torch.dtype,
+    *,
+    few_rows: tuple[int, ...],
+    many_rows: tuple[int, ...],
+    turns: int,
 ) -> list[dict[str, object]]:
     """One entry a number of rows and way: GB/s of weights, GFLOP/s, seconds a product."""
     outputs, inner = map(int, shape.split("x"))
@@ -74,9 +87,8 @@ def measure_linear(
     for count in (*few_rows, *many_rows):
         if count * outputs * dtype.itemsize > MOST_LOGITS_BYTES:
             continue
-        some = {name: run for name, run in ways.items()}
         rows = torch.randn(count, inner).to(dtype)
-        for name, seconds in time_in_turns(some, rows, turns if count in few_rows else 2).items():
+        for name, seconds in time_in_turns(ways, rows, turns if count in few_rows else 2).items():
             once = seconds / len(weights)
             found.append(
                 {
@@ -91,18 +103,24 @@ def measure_linear(
     return found
 
 
-def print_linear(found: list[dict[str, object]], bandwidth: float) -> None:
+def print_linear(found: list[dict[str, object]]) -> None:
     """GB/s for few rows, GFLOP/s for many."""
-    names = list(dict.fromkeys(str(own["way"]) for own in found))
-    table = Table(title=f"linear layers; memory is read at {bandwidth / 1e9:.1f} GB/s")
-    for heading in ("outputs x inner", "rows", *names, "unit", "of bandwidth"):
+    names = [name for name in dict.fromkeys(str(own["way"]) for own in found) if name != READING]
+    table = Table(title="linear layers")
+    for heading in ("outputs x inner", "rows", *names, "unit", "native, of reading"):
         table.add_column(heading, justify="right")
     for shape, rows in dict.fromkeys((str(own["shape"]), int(str(own["rows"]))) for own in found):
         own = {str(one["way"]): one for one in found if (one["shape"], one["rows"]) == (shape, rows)}
         few = rows in FEW_ROWS
         figures = [float(str(own[name]["bytes_per_second" if few else "flops"])) / 1e9 for name in names]
-        share = f"{100 * figures[0] * 1e9 / bandwidth:.0f} %" if few else ""
-        table.add_row(shape, str(rows), *(f"{own:.1f}" for own in figures), "GB/s" if few else "GFLOP/s", share)
+        share = float(str(own[READING]["seconds"])) / float(str(own["native"]["seconds"]))
+        table.add_row(
+            shape,
+            str(rows),
+            *(f"{own:.1f}" for own in figures),
+            "GB/s" if few else "GFLOP/s",
+            f"{share:.0%}" if few else "",
+        )
     Console().print(table)
 
 
@@ -132,12 +150,12 @@ def main(
     few, many = (
         tuple(rows for rows in all_rows if not wanted_rows or rows in wanted_rows) for all_rows in (FEW_ROWS, MANY_ROWS)
     )
-    bandwidth = read_bandwidth(library, threads=torch.get_num_threads())
+    bandwidth = memory_bandwidth(library, threads=torch.get_num_threads())
     found = []
     for shape in shapes:
         found += measure_linear(library, shape, getattr(torch, dtype), few_rows=few, many_rows=many, turns=turns)
-    print_linear(found, bandwidth)
-    facts = tell_facts(dtype=dtype, runs=turns)
+    print_linear(found)
+    facts = tell_facts(dtype=dtype, runs=turns, **{"read bandwidth": f"{bandwidth / 1e9:.0f} GB/s"})
     if json_path:
         figures = {"bytes_per_second": bandwidth, "linear": found}
         json_path.write_text(json.dumps({"facts": facts, "figures": figures}, indent=2) + "\n")

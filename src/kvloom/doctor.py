@@ -12,10 +12,9 @@ from typing import Any
 import torch
 import transformers
 
-from kvloom.engine.planner import available_memory_bytes
+from kvloom.bench.bandwidth import read_bandwidth
 from kvloom.models.packings import OneDnnPacking
 from kvloom.native import Absent, Library, native
-from kvloom.native.bandwidth import BUFFER_BYTES, read_bandwidth
 from kvloom.native.build import BuildError, cache_folder, cpu_flags, cpu_name, find_compiler
 from kvloom.native.library import VARIABLE
 
@@ -50,7 +49,7 @@ class Examination:
         compiler: its version line; None if there is none, and `compiler_problem` says why.
         cpu_instructions: those that matter to the kernels, in Linux' words.
         threads: that PyTorch and the kernels use. cpus: that this process may use.
-        bytes_per_second: of reading memory with all threads, measured; None without kernels.
+        bytes_per_second: of reading memory with all threads, measured.
         gpu: its name; None if there is none that PyTorch can use.
     """
 
@@ -62,7 +61,7 @@ class Examination:
     cpu_instructions: tuple[str, ...]
     threads: int
     cpus: int
-    bytes_per_second: float | None
+    bytes_per_second: float
     versions: dict[str, str]
     gpu: str | None
 
@@ -76,13 +75,14 @@ def examine(*, version: str, threads: int | None = None) -> Examination:
 
     Args:
         version: of KVLoom.
-        threads: to read memory with; by default PyTorch's.
+        threads: PyTorch's, for the whole process; by default as PyTorch has them.
 
     Raises:
         InvalidRequest: $KVLOOM_NATIVE has a value that means nothing.
     """
+    if threads is not None:
+        torch.set_num_threads(threads)
     found = native()
-    threads = threads or torch.get_num_threads()
     compiler, problem = _compiler()
     return Examination(
         kernels=_kernels(found),
@@ -91,9 +91,9 @@ def examine(*, version: str, threads: int | None = None) -> Examination:
         cache_folder=str(found.path.parent if isinstance(found, Library) else cache_folder()),
         cpu=cpu_name(),
         cpu_instructions=tuple(flag for flag in TOLD_FLAGS if flag in cpu_flags()),
-        threads=threads,
+        threads=torch.get_num_threads(),
         cpus=len(os.sched_getaffinity(0)),
-        bytes_per_second=_bandwidth(found, threads) if isinstance(found, Library) else None,
+        bytes_per_second=read_bandwidth(torch.device("cpu")),
         versions={
             "kvloom": version,
             "python": platform.python_version(),
@@ -118,11 +118,6 @@ def _kernels(found: Library | Absent) -> Kernels:
         library=str(found.path),
         linear_layers="native",
     )
-
-
-def _bandwidth(library: Library, threads: int) -> float:
-    affordable = available_memory_bytes(torch.device("cpu")) // 4
-    return read_bandwidth(library, threads=threads, buffer_bytes=min(BUFFER_BYTES, affordable))
 
 
 def _compiler() -> tuple[str | None, str | None]:

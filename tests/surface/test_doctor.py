@@ -47,11 +47,11 @@ def test_json_holds_the_same(kernels: Library) -> None:
     assert found["compiler_problem"] is None and found["versions"]["torch"] == torch.__version__
 
 
-def test_kernels_that_are_switched_off_are_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_that_are_switched_off_are_said_to_be() -> None:
     result = run(KVLOOM_NATIVE="0")
     text = " ".join(result.stdout.split())
     assert result.exit_code == 0 and "native kernels none: $KVLOOM_NATIVE is 0. PyTorch's operators serve" in text
-    assert "memory not measured" in text
+    assert "GB/s, read by" in text
 
 
 def test_lowered_instructions_are_said_to_be(kernels: Library) -> None:

@@ -7,12 +7,21 @@ import time
 import torch
 from torch import nn
 
+from kvloom.native import Library, native
+from kvloom.native.bandwidth import memory_bandwidth
+
 PROBED_BYTES = 1 << 30
 REPEATS = 6
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes a second at which `device` reads a gibibyte of its memory; the best of six readings."""
+    """Bytes a second at which `device` reads its memory, the best of several readings by all of PyTorch's threads.
+
+    On a CPU the native kernels read, from pages as large as packed weights'; elsewhere PyTorch sums up a gibibyte.
+    """
+    kernels = native() if device.type == "cpu" else None
+    if isinstance(kernels, Library):
+        return memory_bandwidth(kernels, threads=torch.get_num_threads())
     ones = torch.ones(PROBED_BYTES // 4, device=device)
     times = []
     for _ in range(REPEATS):

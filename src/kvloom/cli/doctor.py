@@ -76,9 +76,6 @@ def _lines(found: Examination) -> list[tuple[str, str]]:
         use = f"{kernels.instructions}{lowered}, for {', '.join(kernels.dtypes)}"
     else:
         use = f"none: {kernels.reason}. PyTorch's operators serve instead"
-    bandwidth = "not measured: that needs the kernels"
-    if found.bytes_per_second is not None:
-        bandwidth = f"{found.bytes_per_second / 1e9:.1f} GB/s, read by {_count(found.threads, 'thread')}"
     return [
         ("native kernels", use),
         ("linear layers", kernels.linear_layers),
@@ -86,7 +83,7 @@ def _lines(found: Examination) -> list[tuple[str, str]]:
         ("cache folder", found.cache_folder),
         ("CPU", f"{found.cpu}, {_count(found.cpus, 'CPU')}: {', '.join(found.cpu_instructions) or 'no vectors known'}"),
         ("threads", str(found.threads)),
-        ("memory", bandwidth),
+        ("memory", f"{found.bytes_per_second / 1e9:.1f} GB/s, read by {_count(found.threads, 'thread')}"),
         ("GPU", found.gpu or "none that PyTorch can use"),
         ("versions", ", ".join(f"{name} {version}" for name, version in found.versions.items())),
     ]

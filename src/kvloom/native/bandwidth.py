@@ -10,15 +10,15 @@ import torch
 from kvloom.native.library import Library
 
 BUFFER_BYTES = 256 << 20
-"""More than the caches of most machines; smaller where memory is short."""
+"""More than the caches of most machines."""
 PASSES = 7
 
 
-def read_bandwidth(library: Library, *, threads: int, buffer_bytes: int = BUFFER_BYTES) -> float:
+def memory_bandwidth(library: Library, *, threads: int) -> float:
     """Bytes a second, the best of several passes of all `threads` over one large buffer."""
     read = library.function("kvloom_read", ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, restype=ctypes.c_float)
     ask = library.function("kvloom_ask_for_large_pages", ctypes.c_void_p, ctypes.c_int64)
-    numbers = torch.empty(buffer_bytes // 4)
+    numbers = torch.empty(BUFFER_BYTES // 4)
     ask(numbers.data_ptr(), numbers.nbytes)
     numbers.zero_()
     seconds = []
