@@ -19,7 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
-from kvloom.attention import GroupPlan, Plan, Span, build_plan, plan, reference, torch_ops
+from kvloom.attention import GroupPlan, Plan, Span, build_plan, reference, spans, torch_ops
 from kvloom.blocks.table import expand_runs
 from kvloom.cache import CachedSequence, CacheLayout, KVCache, LayerShape, Reach
 
@@ -244,7 +244,7 @@ def test_whatever_the_schedule_the_operators_give_what_the_reference_gives(
     bench.cache.groups[0].pool.allocate(1)  # held by nobody here and never written: no index may fall on block 0
     # Low thresholds, so that short sequences are shared and viewed as long ones are.
     shared, view = data.draw(st.sampled_from([(1, 1), (4, 8), (64, 128)]))
-    with mock.patch.multiple(plan, MIN_SHARED_TOKENS=shared, MIN_VIEW_TOKENS=view):
+    with mock.patch.multiple(spans, MIN_SHARED_TOKENS=shared, MIN_VIEW_TOKENS=view):
         for _ in range(data.draw(st.integers(2, 6))):
             kind = data.draw(st.sampled_from(["ragged", "decode", "fork", "truncate"]))
             if kind == "fork":

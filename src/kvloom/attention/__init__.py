@@ -1,5 +1,7 @@
-"""Floor 3: attention over the paged store. `plan` says what is read, `torch_ops` reads it, `reference` defines it."""
+"""Floor 3: attention over the paged store. `plan` says what is read, `native` and `torch_ops` read it, `reference`
+defines it."""
 
-from kvloom.attention.plan import GroupPlan, Plan, Span, build_plan
+from kvloom.attention.plan import GroupPlan, Plan, build_plan
+from kvloom.attention.spans import Span
 
 __all__ = ["GroupPlan", "Plan", "Span", "build_plan"]

@@ -17,7 +17,8 @@ from kvloom.blocks.table import expand_runs
 from kvloom.cache.retention.sight import positions_of
 
 if TYPE_CHECKING:
-    from kvloom.attention.plan import GroupPlan, Source
+    from kvloom.attention.plan import GroupPlan
+    from kvloom.attention.source import Source
 
 SCORES_BYTES = 16 << 20
 """The most that the float32 scores of some queries take at once."""

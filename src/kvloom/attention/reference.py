@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvloom.attention.plan import GroupPlan, Source
+from kvloom.attention.plan import GroupPlan
+from kvloom.attention.source import Source
 from kvloom.attention.turn import Turn
 from kvloom.blocks.table import COUNT, FIRST, expand_runs
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvloom.attention.plan import Choice, GroupPlan, Span
+from kvloom.attention.plan import GroupPlan
+from kvloom.attention.spans import Choice, Span
 from kvloom.attention.turn import Turn
 
 

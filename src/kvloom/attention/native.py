@@ -1,0 +1,131 @@
+"""Attention over the paged store by the native kernels: `native/src/attention.cpp`.
+
+A row's additions follow one order, which its own sequence's positions give: position p is column p % 64 of block p // 64,
+four blocks are a partition, blocks follow each other within a partition and partitions are merged, all in ascending
+order. What a row does not see weighs an exact zero. So its bits do not depend on the batch, the chunks in which a prompt
+ran, the place of blocks in the pool, who shares them, or the number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from kvloom.attention.plan import GroupPlan
+from kvloom.attention.schedule import Schedule, Scheduler
+from kvloom.native import Library, native
+
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+SET_ROWS = 128
+"""Query rows that go through a block of keys together: enough to make laying it out cheap, few enough for the cache."""
+
+
+class NativeAttention:
+    """The kernels of one library."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+        self._scheduler = Scheduler(library)
+        shape = (ctypes.c_int64,) * 4
+        tensor = (ctypes.c_void_p, ctypes.c_int64)
+        self._attend = library.function(
+            "kvloom_attend",
+            *(ctypes.c_int, ctypes.c_void_p, *shape),
+            *(*tensor, ctypes.c_int64, *tensor, *tensor),
+            *(ctypes.c_void_p, ctypes.c_float, ctypes.c_float),
+            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int),
+        )
+        self._bytes = library.function(
+            "kvloom_attention_bytes",
+            *(ctypes.c_int, ctypes.c_void_p, *shape, ctypes.c_int),
+            restype=ctypes.c_int64,
+        )
+        self._write = library.function(
+            "kvloom_write", ctypes.c_int, *tensor, *tensor, ctypes.c_int64, ctypes.c_void_p, *(ctypes.c_int64,) * 3
+        )
+
+    def serves(self, tensor: Tensor) -> bool:
+        """Whether the kernels can work on a tensor: a real one, on the CPU, of a dtype that they take."""
+        return type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.dtype in self._library.dtypes
+
+    def attend(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        plan: GroupPlan,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """The same as `reference.attend`; see there for shapes."""
+        tokens, heads, key_dim = queries.shape
+        kv_heads, value_dim = keys.shape[0], values.shape[2]
+        group = heads // kv_heads
+        if queries.stride(2) != 1:
+            queries = queries.contiguous()
+        if sinks is not None:
+            sinks = sinks.float().contiguous()
+        schedule = self.schedule(plan, max(1, SET_ROWS // group))
+        output = queries.new_empty(tokens, heads, value_dim)
+        threads = torch.get_num_threads()
+        what = (ELEMENTS[queries.dtype], schedule.numbers.ctypes.data, kv_heads, group, key_dim, value_dim)
+        self._attend(
+            *what,
+            *(queries.data_ptr(), queries.stride(0), queries.stride(1)),
+            *(keys.data_ptr(), keys.stride(0)),
+            *(values.data_ptr(), values.stride(0)),
+            *(None if sinks is None else sinks.data_ptr(), scale, softcap or 0.0),
+            *(output.data_ptr(), schedule.reserve(self._bytes(*what, threads)), threads),
+        )
+        return output
+
+    def write(self, store: Tensor, slots: Tensor, rows: Tensor) -> None:
+        """Put new keys or values into a layer's store.
+
+        Args:
+            store: [kv_heads, slots, dim]. slots: int64[tokens]. rows: [kv_heads, tokens, dim], of the store's dtype.
+        """
+        if rows.stride(2) != 1:
+            rows = rows.contiguous()
+        self._write(
+            *(store.element_size(), store.data_ptr(), store.stride(0)),
+            *(rows.data_ptr(), rows.stride(0), rows.stride(1)),
+            *(slots.data_ptr(), len(slots), store.shape[0], store.shape[2]),
+        )
+
+    def schedule(self, plan: GroupPlan, set_tokens: int) -> Schedule:
+        """The schedule of a plan, made when it is first wanted."""
+        key = set_tokens, self._library.target
+        if key not in plan.schedules:
+            plan.schedules[key] = self._scheduler.schedule(
+                plan.sources, plan.reach, block_tokens=plan.block_tokens, set_tokens=set_tokens
+            )
+        return plan.schedules[key]
+
+
+@cache
+def kernels(library: Library) -> NativeAttention:
+    """The kernels of a library, bound once."""
+    return NativeAttention(library)
+
+
+def attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: GroupPlan,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """The same as `reference.attend`, by this process's native library, which must be there."""
+    library = native()
+    assert isinstance(library, Library), "whoever calls has seen that the kernels are there"
+    return kernels(library).attend(queries, keys, values, plan, scale=scale, softcap=softcap, sinks=sinks)

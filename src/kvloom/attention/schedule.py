@@ -1,0 +1,71 @@
+"""What one step's attention reads, as the native kernels want it: blocks of 64 positions and who reads them.
+
+The numbers lie in one int32 buffer; `native/src/schedule.h` says what they mean.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kvloom.attention.source import Source
+from kvloom.cache import Reach
+from kvloom.native import Library
+
+INITIAL_NUMBERS = 1 << 14
+"""Room for a schedule of 8,192 tokens; where that is too little, the buffer is made anew."""
+
+
+@dataclass
+class Schedule:
+    """One group's schedule, and the memory in which the layers of a step work, one after the other.
+
+    Attributes:
+        numbers: int32, read by the kernels.
+        memory: uint8, what they write into; grows to what the largest layer wants.
+    """
+
+    numbers: npt.NDArray[np.int32]
+    memory: Tensor
+
+    def reserve(self, wanted_bytes: int) -> int:
+        """The address of that much memory."""
+        if self.memory.numel() < wanted_bytes:
+            self.memory = torch.empty(wanted_bytes, dtype=torch.uint8)
+        return self.memory.data_ptr()
+
+
+class Scheduler:
+    """Makes schedules, by a function of the native library."""
+
+    def __init__(self, library: Library) -> None:
+        self._make = library.function(
+            "kvloom_attention_schedule",
+            *(ctypes.c_void_p, ctypes.c_void_p),
+            *(ctypes.c_int64,) * 5,
+            *(ctypes.c_void_p, ctypes.c_int64),
+            restype=ctypes.c_int64,
+        )
+
+    def schedule(self, sources: Sequence[Source], reach: Reach, *, block_tokens: int, set_tokens: int) -> Schedule:
+        """The schedule of one step and group.
+
+        Args:
+            set_tokens: how many new tokens at most go through a block together.
+        """
+        runs = np.concatenate([source.runs for source in sources])
+        facts = np.array([(len(s.runs), s.first_row, s.first_position, s.count) for s in sources], dtype=np.int64)
+        limits = (reach.window_tokens or 0, reach.chunk_tokens or 0, block_tokens, set_tokens)
+        numbers = np.empty(INITIAL_NUMBERS, dtype=np.int32)
+        while True:
+            room = len(numbers)
+            need = self._make(runs.ctypes.data, facts.ctypes.data, len(facts), *limits, numbers.ctypes.data, room)
+            if need <= room:
+                return Schedule(numbers, torch.empty(0, dtype=torch.uint8))
+            numbers = np.empty(need, dtype=np.int32)

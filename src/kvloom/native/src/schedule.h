@@ -1,0 +1,36 @@
+// What one step's attention reads in one layer group, as 32-bit numbers that every layer of the group shares.
+//
+// A block is 64 consecutive positions, from a multiple of 64 on, and the slots of the tokens held there. A set is up to
+// a hundred or so new tokens whose sequences have blocks in common. A stride is a block and the tokens of a set that
+// read it; strides of a set ascend by position.
+#pragma once
+
+#include <cstdint>
+
+namespace kvloom {
+
+constexpr int block_positions = 64;
+constexpr int partition_blocks = 4;
+
+struct Header { std::int32_t sets, tokens, strides, blocks, widest, unused[3]; };
+struct Set { std::int32_t first_token, tokens, first_stride, strides; };
+struct Token { std::int32_t row, low, high; };  // in the ragged row; the positions that it sees, both inclusive
+struct Stride { std::int32_t index, slots, begin, end; };  // position / 64; which slots; tokens of the set
+
+// The parts of a schedule in the order in which they lie.
+struct Schedule {
+    const Header* header;
+    const Set* sets;
+    const Token* tokens;
+    const Stride* strides;
+    const std::int32_t* slots;  // 64 a block; -1 where no token is held
+
+    explicit Schedule(const std::int32_t* numbers)
+        : header(reinterpret_cast<const Header*>(numbers)),
+          sets(reinterpret_cast<const Set*>(header + 1)),
+          tokens(reinterpret_cast<const Token*>(sets + header->sets)),
+          strides(reinterpret_cast<const Stride*>(tokens + header->tokens)),
+          slots(reinterpret_cast<const std::int32_t*>(strides + header->strides)) {}
+};
+
+}  // namespace kvloom
