@@ -85,21 +85,29 @@ template <class P> struct Product {
 
 template <class P, int rows, int vectors> void multiply(const Product<P>& product, std::int64_t column) {
     f32x16 sums[rows][vectors];
+    float* before = product.sums + column;
+#pragma GCC unroll 8
     for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v)
-            sums[r][v] = product.factors ? load(product.sums + r * product.sums_stride + column + v * lanes) * all(product.factors[r]) : zeros();
+            sums[r][v] = product.factors ? load(before + r * product.sums_stride + v * lanes) * all(product.factors[r]) : zeros();
     const P* left = product.left;
     const Word* right = product.right + column;
     for (std::int64_t k = 0; k < product.words; ++k, left += depth<P>, right += product.right_stride) {
         decltype(columns(right, P())) taken[vectors];
+#pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v) taken[v] = columns(right + v * lanes, P());
+#pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) {
             const auto number = spread(left + r * product.left_stride);
+#pragma GCC unroll 8
             for (int v = 0; v < vectors; ++v) sums[r][v] = add_product(sums[r][v], number, taken[v]);
         }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < rows; ++r)
-        for (int v = 0; v < vectors; ++v) store(product.sums + r * product.sums_stride + column + v * lanes, sums[r][v]);
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) store(before + r * product.sums_stride + v * lanes, sums[r][v]);
 }
 
 template <class P, int vectors, int most_rows = strip_rows>
@@ -222,8 +230,8 @@ template <class P> struct Workspace {
     Word *keys, *values;              // the packed block
     P *nothing, *converted;           // see Loader
     P* queries;                       // [rows, key_dim in words]
-    P weights[strip_rows][block_positions];
-    float scores[strip_rows][block_positions];
+    alignas(64) P weights[strip_rows][block_positions];
+    alignas(64) float scores[strip_rows][block_positions];
     float* tops;                      // [rows], the running maxima, of scores times log2(e)
     float* weight_sums;               // [rows, 16], added up when the partition ends
     float *sums, *totals;             // [rows, record]
@@ -387,9 +395,11 @@ private:
         for (int r = 0; r < rows; ++r) {
             float* scores = space_.scores[r];
             f32x16 x[block_vectors];
+#pragma GCC unroll 4
             for (int v = 0; v < block_vectors; ++v) store(scores + v * lanes, x[v] = scaled_score(load(scores + v * lanes)));
             if (hide(scores, index, slots, tokens_[(row + r) / shape_.group]))
-                for (int v = 0; v < block_vectors; ++v) x[v] = load(scores + v * lanes);
+    #pragma GCC unroll 4
+            for (int v = 0; v < block_vectors; ++v) x[v] = load(scores + v * lanes);
             tops[r] = std::max(space_.tops[row + r], highest(max(max(x[0], x[1]), max(x[2], x[3]))));
             differences[r] = space_.tops[row + r] - tops[r];
             space_.tops[row + r] = tops[r];
@@ -397,9 +407,11 @@ private:
         store(factors, power(load(differences)));
         for (int r = 0; r < rows; ++r) {
             f32x16 x[block_vectors];
+#pragma GCC unroll 4
             for (int v = 0; v < block_vectors; ++v) x[v] = power(load(space_.scores[r] + v * lanes) - all(tops[r]));
             float* sums = space_.weight_sums + (row + r) * lanes;
             store(sums, fma(load(sums), all(factors[r]), (x[0] + x[1]) + (x[2] + x[3])));
+#pragma GCC unroll 4
             for (int v = 0; v < block_vectors; ++v) store(space_.weights[r] + v * lanes, x[v]);
         }
     }
