@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Llama4TextConfig, PreTrainedModel
 
+from kvloom.attention import torch_ops
+from kvloom.attention.native import NativeAttention
 from kvloom.cache import Reach, Store
 from kvloom.errors import AttachMismatch, UnsupportedModel
 from kvloom.models import AttentionInterfaceBinding, probe, selfcheck
@@ -195,14 +197,11 @@ def test_decode_steps_that_see_the_wrong_past_are_refused(monkeypatch: pytest.Mo
 
 
 def test_attention_that_does_not_honour_an_option_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvloom.models import attention_interface
+    def uncapped(ours: Any) -> Any:
+        return lambda *arguments, **named: ours(*arguments, **(named | {"softcap": None}))
 
-    ours = attention_interface.torch_ops.attend
-
-    def uncapped(*arguments: Any, **named: Any) -> Tensor:
-        return ours(*arguments, **(named | {"softcap": None}))
-
-    monkeypatch.setattr(attention_interface.torch_ops, "attend", uncapped)
+    monkeypatch.setattr(torch_ops, "attend", uncapped(torch_ops.attend))
+    monkeypatch.setattr(NativeAttention, "attend", uncapped(NativeAttention.attend))
     attach(tiny_model("llama"))
     with pytest.raises(AttachMismatch, match=r"first in `model\.layers\.0\.self_attn`"):
         attach(tiny_model("gemma2"))

@@ -44,13 +44,6 @@ class NativeAttention:
             *(ctypes.c_int, ctypes.c_void_p, *shape, ctypes.c_int),
             restype=ctypes.c_int64,
         )
-        self._write = library.function(
-            "kvloom_write", ctypes.c_int, *tensor, *tensor, ctypes.c_int64, ctypes.c_void_p, *(ctypes.c_int64,) * 3
-        )
-
-    def serves(self, tensor: Tensor) -> bool:
-        """Whether the kernels can work on a tensor: a real one, on the CPU, of a dtype that they take."""
-        return type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.dtype in self._library.dtypes
 
     def attend(
         self,
@@ -64,6 +57,7 @@ class NativeAttention:
         sinks: Tensor | None = None,
     ) -> Tensor:
         """The same as `reference.attend`; see there for shapes."""
+        assert queries.dtype == keys.dtype == values.dtype, "the kernels read all three as one dtype"
         tokens, heads, key_dim = queries.shape
         kv_heads, value_dim = keys.shape[0], values.shape[2]
         group = heads // kv_heads
@@ -85,20 +79,6 @@ class NativeAttention:
         )
         return output
 
-    def write(self, store: Tensor, slots: Tensor, rows: Tensor) -> None:
-        """Put new keys or values into a layer's store.
-
-        Args:
-            store: [kv_heads, slots, dim]. slots: int64[tokens]. rows: [kv_heads, tokens, dim], of the store's dtype.
-        """
-        if rows.stride(2) != 1:
-            rows = rows.contiguous()
-        self._write(
-            *(store.element_size(), store.data_ptr(), store.stride(0)),
-            *(rows.data_ptr(), rows.stride(0), rows.stride(1)),
-            *(slots.data_ptr(), len(slots), store.shape[0], store.shape[2]),
-        )
-
     def schedule(self, plan: GroupPlan, set_tokens: int) -> Schedule:
         """The schedule of a plan, made when it is first wanted."""
         key = set_tokens, self._library.target
@@ -113,6 +93,12 @@ class NativeAttention:
 def kernels(library: Library) -> NativeAttention:
     """The kernels of a library, bound once."""
     return NativeAttention(library)
+
+
+def kernels_for(store: Tensor) -> NativeAttention | None:
+    """The kernels of this process, if there are any and they can work on a store's tensors."""
+    library = native() if type(store) is Tensor and store.device.type == "cpu" else None
+    return kernels(library) if isinstance(library, Library) and store.dtype in library.dtypes else None
 
 
 def attend(

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from kvloom.blocks import BlockCopy
 from kvloom.cache.layout import CacheLayout, LayerGroup
+from kvloom.native import Library, native
+from kvloom.native.rows import RowWriter
 
 
 class Store:
@@ -37,6 +39,8 @@ class Store:
             for layer, group in zip(layout.layers, layout.group_of_layer, strict=True)
         ]
 
+        self._writer = _writer(self.keys[0]) if self.keys else None
+
     @property
     def allocated_bytes(self) -> int:
         """Bytes of all tensors."""
@@ -50,8 +54,11 @@ class Store:
             slots: int64[tokens].
             keys: [kv_heads, tokens, key_dim]. values: [kv_heads, tokens, value_dim].
         """
-        self.keys[layer].index_copy_(1, slots, keys)
-        self.values[layer].index_copy_(1, slots, values)
+        for store, rows in ((self.keys[layer], keys), (self.values[layer], values)):
+            if self._writer is None:
+                store.index_copy_(1, slots, rows)
+            else:
+                self._writer.write(store, slots, rows)
         if (bounds := self.bounds[layer]) is not None:
             size = self.layout.block_tokens
             filled = slots[slots % size == size - 1] // size
@@ -67,3 +74,9 @@ class Store:
             for layer in group.layers:
                 for tensor in (self.keys[layer], self.values[layer]):
                     tensor[:, target : target + copy.count] = tensor[:, source : source + copy.count]
+
+
+def _writer(store: Tensor) -> RowWriter | None:
+    """The native kernel, if there is one and it can work on tensors such as this; None if PyTorch's operator serves."""
+    library = native() if type(store) is Tensor and store.device.type == "cpu" else None
+    return RowWriter(library) if isinstance(library, Library) and store.dtype in library.dtypes else None

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvloom.attention import Plan, torch_ops
+from kvloom.attention.native import NativeAttention, kernels_for
 from kvloom.attention.turn import Turn
 from kvloom.cache import LayerShape, Store
 from kvloom.errors import ModelError, UnsupportedModel
@@ -42,8 +43,9 @@ MOST_ROWS = 4_096
 
 @dataclass(frozen=True)
 class _Step:
-    """What one forward pass hands to the attention of every layer."""
+    """What one forward pass hands to the attention of every layer; `native` is None where PyTorch's operators serve."""
 
+    native: NativeAttention | None
     plan: Plan
     store: Store
     layer_of: dict[nn.Module, int]
@@ -72,21 +74,17 @@ def _attention(
     layer = kvloom.layer_of[module]
     plan = kvloom.plan.groups[kvloom.group_of_layer[layer]]
     kvloom.store.write(layer, plan.write_slots, key[0], value[0])
-    queries, keys = query[0].transpose(0, 1), kvloom.store.keys[layer]
+    queries, keys, values = query[0].transpose(0, 1), kvloom.store.keys[layer], kvloom.store.values[layer]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = torch_ops.attend(
-        queries,
-        keys,
-        kvloom.store.values[layer],
-        plan,
-        scale=scale,
-        softcap=softcap,
-        sinks=s_aux,
-        turn=None if kvloom.turns is None else kvloom.turns[layer],
-        bounds=kvloom.store.bounds[layer],
-    )
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": s_aux}
+    if kvloom.native is not None and plan.reads_all:
+        output = kvloom.native.attend(queries, keys, values, plan, **options)
+    else:
+        turn = None if kvloom.turns is None else kvloom.turns[layer]
+        bounds = kvloom.store.bounds[layer]
+        output = torch_ops.attend(queries, keys, values, plan, **options, turn=turn, bounds=bounds)
     if plan.observation is not None:
-        plan.observation.add(queries, keys, plan, scale=scale, softcap=softcap, sinks=s_aux)
+        plan.observation.add(queries, keys, plan, **options)
     # Some models go on with `view`, which wants what their own attention returns: contiguous.
     return output[None].contiguous(), None
 
@@ -208,7 +206,8 @@ class AttentionInterfaceBinding:
         """One ragged row [1, tokens] with explicit positions: no padding, no mask, no cache of transformers' own."""
         if self._group_of_layer is None:
             self._group_of_layer = store.layout.group_of_layer
-        step = _Step(plan, store, self._layer_of, self._group_of_layer, self._turns)
+        native = kernels_for(store.keys[0])
+        step = _Step(native, plan, store, self._layer_of, self._group_of_layer, self._turns)
         packed = nullcontext() if self.packed is None else self.packed.active()
         with self._lock, self._attention_is(NAME), self._rotary.fixed(regime), packed:
             output = self.model(

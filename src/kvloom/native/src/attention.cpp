@@ -136,6 +136,13 @@ template <class E> struct Loader {
     const P* nothing;  // zeros, for where no token is held
     P* converted;      // room for 64 rows
 
+    Ahead ahead(const std::int32_t* slots) const {
+        Ahead ahead;
+        for (int i = 0; i < block_positions; ++i)
+            if (slots[i] >= 0) ahead.rows[i] = reinterpret_cast<const char*>(store + slots[i] * dim);
+        return ahead;
+    }
+
     void rows(const std::int32_t* slots, const P** rows) const {
         for (int i = 0; i < block_positions; ++i) rows[i] = slots[i] < 0 ? nothing : row(store + slots[i] * dim, i);
     }
@@ -281,7 +288,8 @@ public:
         for (const Stride* stride = item.begin; stride < item.end;) {
             start_partition(rows);
             const std::int32_t partition = stride->index / partition_blocks;
-            for (; stride < item.end && stride->index / partition_blocks == partition; ++stride) take_block(*stride);
+            for (; stride < item.end && stride->index / partition_blocks == partition; ++stride)
+                take_block(*stride, stride + 1 < item.end ? slots_of(stride[1]) : nullptr);
             end_partition(rows, item.whole ? nullptr : partials + item.first_partial);
         }
         if (!item.whole) return;
@@ -318,22 +326,27 @@ private:
         }
     }
 
-    void take_block(const Stride& stride) {
-        const std::int32_t* slots = layer_.schedule.slots + std::int64_t(stride.slots) * block_positions;
+    const std::int32_t* slots_of(const Stride& stride) const {
+        return layer_.schedule.slots + std::int64_t(stride.slots) * block_positions;
+    }
+
+    // `next`: slots of the block that will be taken after this one, or null.
+    void take_block(const Stride& stride, const std::int32_t* next) {
+        const std::int32_t* slots = slots_of(stride);
         const P* values[block_positions];
-        pack(slots, values);
+        pack(slots, next, values);
         const std::int64_t begin = stride.begin * shape_.group, end = stride.end * shape_.group;
         if (seen_by_all(stride, slots) || all_finite(values)) take_rows(stride.index, slots, begin, end);
         else for (std::int64_t row = begin; row < end; ++row) take_row_alone(stride.index, slots, row);
     }
 
     // `values`: where they were packed from.
-    void pack(const std::int32_t* slots, const P** values) {
+    void pack(const std::int32_t* slots, const std::int32_t* next, const P** values) {
         const P* keys[block_positions];
         keys_.rows(slots, keys);
-        pack_keys(keys, shape_.key_dim, space_.keys);
+        pack_keys(keys, shape_.key_dim, space_.keys, next ? keys_.ahead(next) : Ahead());
         values_.rows(slots, values);
-        pack_values(values, shape_.value_dim, space_.values);
+        pack_values(values, shape_.value_dim, space_.values, next ? values_.ahead(next) : Ahead());
     }
 
     bool seen_by_all(const Stride& stride, const std::int32_t* slots) const {
@@ -357,7 +370,7 @@ private:
             seen[i] = position < token.low || position > token.high ? -1 : slots[i];
         }
         const P* values[block_positions];
-        pack(seen, values);
+        pack(seen, nullptr, values);
         take_rows(index, seen, row, row + 1);
     }
 

@@ -88,21 +88,38 @@ inline void pair_up(const bf16* first, const bf16* second, std::int64_t bytes, W
 
 #endif
 
+// What is packed next, as far as it is known: its rows are asked for while this block's are laid out. One core alone
+// does not reach the memory's bandwidth otherwise.
+struct Ahead {
+    const char* rows[block_positions] = {};  // null where there is nothing to ask for
+
+    void ask(int first, int count, std::int64_t bytes) const {
+        for (int i = first; i < first + count; ++i)
+            if (rows[i]) __builtin_prefetch(rows[i] + bytes, 0, 2);
+    }
+};
+
 // 64 rows of keys.
-template <class P> inline void pack_keys(const P* const* rows, std::int64_t dim, Word* out) {
+template <class P> inline void pack_keys(const P* const* rows, std::int64_t dim, Word* out, const Ahead& ahead) {
     constexpr std::int64_t step = 16 * depth<P>;
     for (std::int64_t d = 0; d < dim; d += step, out += 16 * block_positions)
-        for (int i = 0; i < block_positions; i += 16)
+        for (int i = 0; i < block_positions; i += 16) {
+            ahead.ask(i, 16, d * std::int64_t(sizeof(P)));
             transpose_words(rows + i, d, (dim - d) * std::int64_t(sizeof(P)), out + i, block_positions);
+        }
 }
 
 // 64 rows of values.
-inline void pack_values(const bf16* const* rows, std::int64_t dim, Word* out) {
+inline void pack_values(const bf16* const* rows, std::int64_t dim, Word* out, const Ahead& ahead) {
     for (int i = 0; i < block_positions; i += 2, out += rounded_up(dim, lanes))
-        for (std::int64_t d = 0; d < dim; d += 32) pair_up(rows[i] + d, rows[i + 1] + d, (dim - d) * 2, out + d);
+        for (std::int64_t d = 0; d < dim; d += 32) {
+            ahead.ask(i, 2, d * 2);
+            pair_up(rows[i] + d, rows[i + 1] + d, (dim - d) * 2, out + d);
+        }
 }
-inline void pack_values(const float* const* rows, std::int64_t dim, Word* out) {
+inline void pack_values(const float* const* rows, std::int64_t dim, Word* out, const Ahead& ahead) {
     for (int i = 0; i < block_positions; ++i, out += rounded_up(dim, lanes)) {
+        for (std::int64_t d = 0; d < dim; d += 16) ahead.ask(i, 1, d * 4);
         std::memcpy(out, rows[i], std::size_t(dim) * 4);
         std::memset(out + dim, 0, std::size_t(rounded_up(dim, lanes) - dim) * 4);
     }
