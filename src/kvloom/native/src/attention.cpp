@@ -62,6 +62,20 @@ inline f32x16 tanh(f32x16 x) {
     return where_not_less(x, zeros(), size) - where_not_less(negative, zeros(), size);
 }
 
+inline void store_weights(float* weights, const f32x16* x) {
+#pragma GCC unroll 4
+    for (int v = 0; v < block_vectors; ++v) store(weights + v * lanes, x[v]);
+}
+inline void store_weights(bf16* weights, const f32x16* x) {
+#if defined(KVLOOM_DOT_BF16)
+#pragma GCC unroll 2
+    for (int v = 0; v < block_vectors; v += 2)
+        _mm512_storeu_si512(weights + v * lanes, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(x[v + 1].v, x[v].v)));
+#else
+    for (int v = 0; v < block_vectors; ++v) store(weights + v * lanes, x[v]);
+#endif
+}
+
 // ---- products of a strip of rows --------------------------------------------------------------------------------
 
 inline f32x16 add_product(f32x16 sum, f32x16 a, f32x16 b) { return fma(a, b, sum); }
@@ -239,6 +253,7 @@ template <class P> struct Workspace {
     P* queries;                       // [rows, key_dim in words]
     alignas(64) P weights[strip_rows][block_positions];
     alignas(64) float scores[strip_rows][block_positions];
+    std::int32_t *low, *high;         // [rows], the positions that each sees
     float* tops;                      // [rows], the running maxima, of scores times log2(e)
     float* weight_sums;               // [rows, 16], added up when the partition ends
     float *sums, *totals;             // [rows, record]
@@ -250,6 +265,8 @@ template <class P> struct Workspace {
         take(memory, nothing, widest);
         take(memory, converted, block_positions * widest);
         take(memory, queries, rows * key_dim);
+        take(memory, low, rows);
+        take(memory, high, rows);
         take(memory, tops, rows + lanes);
         take(memory, weight_sums, rows * lanes);
         take(memory, sums, rows * shape.record());
@@ -302,6 +319,8 @@ private:
         P* to = space_.queries;
         for (std::int32_t token = 0; token < item.set->tokens; ++token)
             for (std::int64_t g = 0; g < shape_.group; ++g, to += words_ * depth<P>) {
+                space_.low[token * shape_.group + g] = tokens_[token].low;
+                space_.high[token * shape_.group + g] = tokens_[token].high;
                 const E* from = static_cast<const E*>(layer_.queries) + tokens_[token].row * layer_.query_token_stride +
                                 (item.head * shape_.group + g) * layer_.query_head_stride;
                 for (std::int64_t d = 0; d < shape_.key_dim; ++d) from_float(to_float(from[d]), to[d]);
@@ -385,10 +404,10 @@ private:
     }
 
     bool sees_any(std::int32_t index, std::int64_t row, int rows) const {
-        const Token* last = tokens_ + (row + rows - 1) / shape_.group;
-        return std::any_of(tokens_ + row / shape_.group, last + 1, [=](const Token& token) {
-            return token.low < (index + 1) * block_positions && token.high >= index * block_positions;
-        });
+        bool any = false;
+        for (std::int64_t r = row; r < row + rows; ++r)
+            any |= space_.low[r] < (index + 1) * block_positions && space_.high[r] >= index * block_positions;
+        return any;
     }
 
     void take_strip(std::int32_t index, const std::int32_t* slots, std::int64_t row, int rows) {
@@ -410,7 +429,7 @@ private:
             f32x16 x[block_vectors];
 #pragma GCC unroll 4
             for (int v = 0; v < block_vectors; ++v) store(scores + v * lanes, x[v] = scaled_score(load(scores + v * lanes)));
-            if (hide(scores, index, slots, tokens_[(row + r) / shape_.group]))
+            if (hide(scores, slots, space_.low[row + r] - index * block_positions, space_.high[row + r] - index * block_positions))
     #pragma GCC unroll 4
             for (int v = 0; v < block_vectors; ++v) x[v] = load(scores + v * lanes);
             tops[r] = std::max(space_.tops[row + r], highest(max(max(x[0], x[1]), max(x[2], x[3]))));
@@ -424,8 +443,7 @@ private:
             for (int v = 0; v < block_vectors; ++v) x[v] = power(load(space_.scores[r] + v * lanes) - all(tops[r]));
             float* sums = space_.weight_sums + (row + r) * lanes;
             store(sums, fma(load(sums), all(factors[r]), (x[0] + x[1]) + (x[2] + x[3])));
-#pragma GCC unroll 4
-            for (int v = 0; v < block_vectors; ++v) store(space_.weights[r] + v * lanes, x[v]);
+            store_weights(space_.weights[r], x);
         }
     }
 
@@ -434,18 +452,11 @@ private:
         return tanh(x * all(layer_.scale / layer_.softcap)) * all(layer_.softcap * log2_e);
     }
 
-    // Minus infinity where the token sees nothing; says whether there was any such place.
-    static bool hide(float* scores, std::int32_t index, const std::int32_t* slots, const Token& token) {
-        const std::int32_t first = std::max(0, token.low - index * block_positions);
-        const std::int32_t end = std::min(block_positions, token.high + 1 - index * block_positions);
-        if (first == 0 && end == block_positions && !slots) return false;
-        if (first >= end) std::fill(scores, scores + block_positions, -infinity);
-        else {
-            std::fill(scores, scores + first, -infinity);
-            std::fill(scores + end, scores + block_positions, -infinity);
-        }
-        if (slots)
-            for (int i = 0; i < block_positions; ++i) if (slots[i] < 0) scores[i] = -infinity;
+    // Minus infinity where a row sees nothing, outside of the columns `low` to `high`; says whether there was such a place.
+    static bool hide(float* scores, const std::int32_t* slots, std::int32_t low, std::int32_t high) {
+        if (low <= 0 && high >= block_positions - 1 && !slots) return false;
+        for (int i = 0; i < block_positions; ++i)
+            if (i < low || i > high || (slots && slots[i] < 0)) scores[i] = -infinity;
         return true;
     }
 
