@@ -8,8 +8,6 @@ NaN to begin with, so that whoever reads a slot that was not written returns NaN
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
 from unittest import mock
 
 import hypothesis.strategies as st
@@ -19,152 +17,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
-from kvloom.attention import GroupPlan, Plan, Span, build_plan, reference, spans, torch_ops
+from attention_bench import HEADS, REACHES, TOLERANCE, Bench, Heads, Step
+from kvloom.attention import GroupPlan, Span, build_plan, spans, torch_ops
 from kvloom.blocks.table import expand_runs
-from kvloom.cache import CachedSequence, CacheLayout, KVCache, LayerShape, Reach
-
-TOLERANCE = {
-    torch.float64: {"rtol": 1e-4, "atol": 1e-5},
-    torch.float32: {"rtol": 1e-4, "atol": 1e-5},
-    torch.bfloat16: {"rtol": 5e-2, "atol": 5e-2},
-    torch.float16: {"rtol": 1e-2, "atol": 1e-2},
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Heads:
-    """An attention layer's shape and options."""
-
-    kv_heads: int = 2
-    group: int = 2
-    key_dim: int = 8
-    value_dim: int = 8
-    softcap: float | None = None
-    sinks: bool = False
-    scale: float = 0.5
-
-    def options(self) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(1)
-        sinks = torch.randn(self.kv_heads * self.group, generator=generator) if self.sinks else None
-        return {"scale": self.scale, "softcap": self.softcap, "sinks": sinks}
-
-
-PLAIN_HEADS, FULL = Heads(), Reach()
-
-
-@dataclass(eq=False)
-class Sequence:
-    """A cached sequence, and its keys and values as plain lists, [kv_heads, dim] each."""
-
-    cached: CachedSequence
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-
-
-@dataclass
-class Step:
-    plan: Plan
-    queries: Tensor
-    sequences: list[Sequence]
-    counts: list[int]
-
-
-class Bench:
-    """One layer on a cache, driven step by step."""
-
-    def __init__(
-        self,
-        heads: Heads = PLAIN_HEADS,
-        *,
-        reach: Reach = FULL,
-        block_tokens: int = 16,
-        blocks: int = 64,
-        dtype: torch.dtype = torch.float32,
-        seed: int = 0,
-    ) -> None:
-        self.heads, self.reach, self.dtype = heads, reach, dtype
-        shape = LayerShape(kv_heads=heads.kv_heads, key_dim=heads.key_dim, value_dim=heads.value_dim, reach=reach)
-        layout = CacheLayout(layers=(shape,), dtype=dtype, block_tokens=block_tokens)
-        budget_bytes = blocks * layout.bytes_per_row_of_blocks
-        self.cache = KVCache(layout, budget_bytes=budget_bytes, device=torch.device("cpu"))
-        self.fill_free_blocks()
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def random(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator).to(self.dtype)
-
-    def open(self) -> Sequence:
-        return Sequence(self.cache.open())
-
-    def fork(self, parent: Sequence) -> Sequence:
-        return Sequence(self.cache.fork(parent.cached), list(parent.keys), list(parent.values))
-
-    def truncate(self, sequence: Sequence, tokens: int) -> None:
-        self.cache.truncate(sequence.cached, tokens)
-        del sequence.keys[tokens:], sequence.values[tokens:]
-
-    def step(self, *requests: tuple[Sequence, int]) -> Step:
-        """Extend, write new random keys and values, draw queries; blocks out of reach are let go afterwards."""
-        heads = self.heads
-        extension = self.cache.extend([(sequence.cached, count) for sequence, count in requests])
-        step_plan = build_plan(self.cache, extension, logits=[1] * len(requests))
-        tokens = step_plan.tokens
-        keys = self.random(heads.kv_heads, tokens, heads.key_dim)
-        values = self.random(heads.kv_heads, tokens, heads.value_dim)
-        self.cache.store.write(0, step_plan.groups[0].write_slots, keys, values)
-        row = 0
-        for sequence, count in requests:
-            sequence.keys += keys[:, row : row + count].unbind(1)
-            sequence.values += values[:, row : row + count].unbind(1)
-            row += count
-        queries = self.random(tokens, heads.kv_heads * heads.group, heads.key_dim)
-        sequences, counts = ([request[i] for request in requests] for i in range(2))
-        return Step(step_plan, queries, sequences, counts)
-
-    def attend(self, function: Any, step: Step) -> Tensor:
-        store = self.cache.store
-        group = step.plan.groups[0]
-        return function(step.queries, store.keys[0], store.values[0], group, **self.heads.options())
-
-    def let_go(self, step: Step) -> None:
-        """Free what fell out of reach, and make it NaN again."""
-        for sequence in step.sequences:
-            self.cache.release_unseen(sequence.cached)
-        self.fill_free_blocks()
-
-    def fill_free_blocks(self) -> None:
-        free = np.flatnonzero(self.cache.groups[0].pool.references == 0)
-        for tensor in (self.cache.store.keys[0], self.cache.store.values[0]):
-            tensor.unflatten(1, (self.cache.blocks, -1))[:, torch.from_numpy(free)] = torch.nan
-
-    def plain(self, step: Step) -> Tensor:
-        """The softmax over each sequence's plain list of tokens."""
-        rows = []
-        for sequence, count in zip(step.sequences, step.counts, strict=True):
-            length = len(sequence.keys)
-            queries = step.queries[sum(len(r) for r in rows) :][:count].double().transpose(0, 1)
-            keys = torch.stack(sequence.keys, 1).double().repeat_interleave(self.heads.group, 0)
-            values = torch.stack(sequence.values, 1).double().repeat_interleave(self.heads.group, 0)
-            scores = queries @ keys.transpose(1, 2) * self.heads.scale
-            if self.heads.softcap is not None:
-                scores = self.heads.softcap * torch.tanh(scores / self.heads.softcap)
-            position, key = torch.arange(length - count, length)[:, None], torch.arange(length)[None]
-            seen = key <= position
-            if self.reach.window_tokens is not None:
-                seen &= position - key < self.reach.window_tokens
-            if self.reach.chunk_tokens is not None:
-                seen &= position // self.reach.chunk_tokens == key // self.reach.chunk_tokens
-            scores = scores.masked_fill(~seen, -torch.inf)
-            if (sinks := self.heads.options()["sinks"]) is not None:
-                scores = torch.cat([scores, sinks.double()[:, None, None].expand(-1, count, 1)], -1)
-            rows.append((scores.softmax(-1)[..., :length] @ values).transpose(0, 1))
-        return torch.cat(rows).to(self.dtype)
-
-    def check(self, step: Step) -> None:
-        """The reference is the plain softmax, and the operators give what the reference gives."""
-        specified = self.attend(reference.attend, step)
-        torch.testing.assert_close(specified, self.plain(step), **TOLERANCE[self.dtype])
-        torch.testing.assert_close(self.attend(torch_ops.attend, step), specified, **TOLERANCE[self.dtype])
+from kvloom.cache import Reach
 
 
 def rows_of(span: Span) -> list[int]:
@@ -210,21 +66,6 @@ def pairs_visible(group: GroupPlan, rows: int, slots: int) -> Tensor:
 
 # ---- over drawn schedules -----------------------------------------------------------------------------------
 
-REACHES = st.one_of(
-    st.just(Reach()),
-    st.sampled_from([1, 3, 8, 30]).map(lambda tokens: Reach(window_tokens=tokens)),
-    st.sampled_from([1, 4, 7, 20]).map(lambda tokens: Reach(chunk_tokens=tokens)),
-)
-HEADS = st.builds(
-    Heads,
-    kv_heads=st.sampled_from([1, 2]),
-    group=st.sampled_from([1, 3]),
-    value_dim=st.sampled_from([8, 8, 5]),
-    softcap=st.sampled_from([None, None, 2.0]),
-    sinks=st.booleans(),
-    scale=st.sampled_from([0.1, 0.5]),
-)
-
 
 @pytest.fixture(params=["fused", "plain"])
 def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
@@ -260,7 +101,7 @@ def test_whatever_the_schedule_the_operators_give_what_the_reference_gives(
             counts = st.just(1) if kind in ("decode", "fork") else st.sampled_from([1, 1, 2, 5, 18, 40])
             order = data.draw(st.permutations(live))
             step = bench.step(*((sequence, data.draw(counts)) for sequence in order))
-            bench.check(step)
+            bench.check(torch_ops.attend, step)
             group = step.plan.groups[0]
             size = (step.plan.tokens, bench.cache.blocks * block_tokens)
             assert torch.equal(pairs_read(group, *size), pairs_visible(group, *size))
@@ -274,17 +115,17 @@ def test_whatever_the_schedule_the_operators_give_what_the_reference_gives(
 def test_every_dtype_of_a_model_is_served_with_and_without_merging(kernel: str, dtype: torch.dtype) -> None:
     bench = Bench(dtype=dtype)
     sequence = bench.open()
-    bench.check(bench.step((sequence, 150)))
+    bench.check(torch_ops.attend, bench.step((sequence, 150)))
     others = [bench.fork(sequence) for _ in range(3)]
     merged = bench.step(*((other, 1) for other in others), (sequence, 7))
     assert not merged.plan.groups[0].whole
     assert bench.attend(torch_ops.attend, merged).dtype == dtype
-    bench.check(merged)
+    bench.check(torch_ops.attend, merged)
     short = [bench.open(), bench.open()]
     bench.step((short[0], 3), (short[1], 6))
     masked = bench.step((short[0], 1), (short[1], 1))
     assert isinstance(masked.plan.groups[0].spans[0].mask, Tensor)
-    bench.check(masked)
+    bench.check(torch_ops.attend, masked)
 
 
 def test_a_prefix_of_eight_beams_is_one_span_and_read_as_a_view(kernel: str) -> None:
@@ -299,7 +140,7 @@ def test_a_prefix_of_eight_beams_is_one_span_and_read_as_a_view(kernel: str) -> 
         assert [span.batch for span in spans] == [1, 8], "the tails are gathered together"
         assert spans[0].mask is None
         if decoded in (0, 19):
-            bench.check(step)
+            bench.check(torch_ops.attend, step)
     store = bench.cache.store.keys[0]
     assert torch_ops._read(store, spans[0]).data_ptr() == store.data_ptr(), "a view, not a copy"
 
@@ -311,7 +152,7 @@ def test_beams_of_two_prompts_share_each_their_own() -> None:
     beams = [first, second, bench.fork(first), bench.fork(second), bench.fork(first)]
     step = bench.step(*((beam, 1) for beam in beams))
     assert readers(step) == {(0, 2, 4): slice(0, 96), (1, 3): slice(96, 176)}
-    bench.check(step)
+    bench.check(torch_ops.attend, step)
 
 
 def test_beams_that_part_twice_share_what_they_can_at_each_level() -> None:
@@ -323,7 +164,7 @@ def test_beams_that_part_twice_share_what_they_can_at_each_level() -> None:
     beams = [left, bench.fork(left), right, bench.fork(right), bench.fork(right)]
     step = bench.step(*((beam, 1) for beam in beams))
     assert sorted(readers(step)) == [(0, 1), (0, 1, 2, 3, 4), (2, 3, 4)]
-    bench.check(step)
+    bench.check(torch_ops.attend, step)
 
 
 def test_one_sequence_alone_is_a_single_view_over_all_rows(kernel: str) -> None:
@@ -334,7 +175,7 @@ def test_one_sequence_alone_is_a_single_view_over_all_rows(kernel: str) -> None:
         group = step.plan.groups[0]
         assert group.whole
         assert [span.slots for span in group.spans] == [slice(0, len(sequence.keys))]
-        bench.check(step)
+        bench.check(torch_ops.attend, step)
         step = bench.step((sequence, 1))
 
 
@@ -345,7 +186,7 @@ def test_a_window_narrows_the_view_of_a_sequence_alone() -> None:
     step = bench.step((sequence, 1))
     assert step.plan.groups[0].spans[0].mask is None
     assert step.plan.groups[0].whole
-    bench.check(step)
+    bench.check(torch_ops.attend, step)
 
 
 def test_a_fragmented_sequence_alone_is_gathered_in_one_span() -> None:
@@ -355,7 +196,7 @@ def test_a_fragmented_sequence_alone_is_gathered_in_one_span() -> None:
         bench.step((first, 4), (second, 4))  # their blocks alternate
     step = bench.step((first, 1))
     assert len(step.plan.groups[0].spans) == 1
-    bench.check(step)
+    bench.check(torch_ops.attend, step)
 
 
 def test_positions_and_logit_rows_come_from_the_tables() -> None:
@@ -375,4 +216,4 @@ def test_a_sink_takes_its_share_even_when_a_query_sees_only_itself(kernel: str) 
     own = torch.stack(step.sequences[0].values)
     output = bench.attend(torch_ops.attend, step)
     assert (output.abs() < own.repeat_interleave(2, 1).abs()).all()
-    bench.check(step)
+    bench.check(torch_ops.attend, step)

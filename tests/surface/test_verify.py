@@ -17,7 +17,8 @@ from torch import Tensor
 
 import kvloom
 import tiny
-from kvloom.attention import reference, torch_ops
+from kvloom.attention import reference as specification
+from kvloom.attention import torch_ops
 from kvloom.attention.native import NativeAttention
 from kvloom.cache import KVCache
 from kvloom.cache.store import Store
@@ -194,7 +195,7 @@ def test_progress_counts_every_run() -> None:
 def test_attention_that_misses_the_last_block_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row of more than a block reads its keys but the last 16."""
     lm = attach()
-    attend = reference.attend
+    attend = specification.attend
 
     def short_sighted(queries: Tensor, keys: Tensor, values: Tensor, plan: Any, **options: Any) -> Tensor:
         keys = keys.clone()
@@ -206,7 +207,9 @@ def test_attention_that_misses_the_last_block_fails(monkeypatch: pytest.MonkeyPa
         return attend(queries, keys, values, plan, **options)
 
     monkeypatch.setattr(torch_ops, "attend", short_sighted)
-    monkeypatch.setattr(NativeAttention, "attend", lambda _, *arguments, **options: short_sighted(*arguments, **options))
+    monkeypatch.setattr(
+        NativeAttention, "attend", lambda _, *arguments, **options: short_sighted(*arguments, **options)
+    )
     report = lm.verify()
     assert not report.ok
     assert {"greedy: uncached, cached", "sampling: uncached, cached", "beam search: uncached, cached"} <= failed(report)

@@ -1,9 +1,9 @@
 """Attention over the paged store by the native kernels: `native/src/attention.cpp`.
 
-A row's additions follow one order, which its own sequence's positions give: position p is column p % 64 of block p // 64,
-four blocks are a partition, blocks follow each other within a partition and partitions are merged, all in ascending
-order. What a row does not see weighs an exact zero. So its bits do not depend on the batch, the chunks in which a prompt
-ran, the place of blocks in the pool, who shares them, or the number of threads.
+A row's additions follow one order, which the positions of the tokens that its sequence holds give: position p is column
+p % 64 of block p // 64, four blocks are a partition, blocks follow each other within a partition and partitions are
+merged, all in ascending order. What a row does not see weighs an exact zero. So its bits do not depend on the batch,
+the chunks in which a prompt ran, the place of blocks in the pool, who shares them, or the number of threads.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class NativeAttention:
     """The kernels of one library."""
 
     def __init__(self, library: Library) -> None:
-        self._library = library
+        self.library = library
         self._scheduler = Scheduler(library)
         shape = (ctypes.c_int64,) * 4
         tensor = (ctypes.c_void_p, ctypes.c_int64)
@@ -81,7 +81,7 @@ class NativeAttention:
 
     def schedule(self, plan: GroupPlan, set_tokens: int) -> Schedule:
         """The schedule of a plan, made when it is first wanted."""
-        key = set_tokens, self._library.target
+        key = set_tokens, self.library.target
         if key not in plan.schedules:
             plan.schedules[key] = self._scheduler.schedule(
                 plan.sources, plan.reach, block_tokens=plan.block_tokens, set_tokens=set_tokens
