@@ -143,6 +143,14 @@ void multiply(const Product<P>& product, int rows, std::int64_t column, std::int
 template <class E> struct Arithmetic { using P = E; };
 template <> struct Arithmetic<f16> { using P = float; };
 
+template <class P> void copy(const P* from, std::int64_t count, P* to) { std::memcpy(to, from, std::size_t(count) * sizeof(P)); }
+inline void copy(const f16* from, std::int64_t count, float* to) {
+    for (std::int64_t i = 0; i < count; i += lanes) {
+        const int here = int(std::min<std::int64_t>(lanes, count - i));
+        store(to + i, load(from + i, here), here);
+    }
+}
+
 template <class E> struct Loader {
     using P = typename Arithmetic<E>::P;
     const E* store;    // of one head
@@ -164,25 +172,17 @@ template <class E> struct Loader {
 private:
     const P* row(const P* kept, int) const { return kept; }
     const float* row(const f16* kept, int i) const {
-        float* to = converted + i * dim;
-        for (std::int64_t d = 0; d < dim; d += lanes) {
-            const int here = int(std::min<std::int64_t>(lanes, dim - d));
-            store_part(to + d, load(kept + d, here), here);
-        }
-        return to;
+        copy(kept, dim, converted + i * dim);
+        return converted + i * dim;
     }
-    static void store_part(float* to, f32x16 x, int count) { kvloom::store(to, x, count); }
 };
 
-inline bool finite(const float* row, std::int64_t dim) {
-    bool all_finite = true;
-    for (std::int64_t d = 0; d < dim; ++d) all_finite &= (bits_of_float(row[d]) & 0x7f800000) != 0x7f800000;
-    return all_finite;
-}
-inline bool finite(const bf16* row, std::int64_t dim) {
-    bool all_finite = true;
-    for (std::int64_t d = 0; d < dim; ++d) all_finite &= (row[d].bits & 0x7f80) != 0x7f80;
-    return all_finite;
+// Whether `dim` numbers are all finite: of these, and of no others, zero times each is zero.
+template <class P> bool finite(const P* row, std::int64_t dim) {
+    f32x16 products = zeros();
+    for (std::int64_t d = 0; d < dim; d += lanes)
+        products = fma(load(row + d, int(std::min<std::int64_t>(lanes, dim - d))), zeros(), products);
+    return sum(products) == 0;
 }
 
 // ---- one layer --------------------------------------------------------------------------------------------------
@@ -323,7 +323,7 @@ private:
                 space_.high[token * shape_.group + g] = tokens_[token].high;
                 const E* from = static_cast<const E*>(layer_.queries) + tokens_[token].row * layer_.query_token_stride +
                                 (item.head * shape_.group + g) * layer_.query_head_stride;
-                for (std::int64_t d = 0; d < shape_.key_dim; ++d) from_float(to_float(from[d]), to[d]);
+                copy(from, shape_.key_dim, to);
                 if (shape_.key_dim < words_ * depth<P>) to[shape_.key_dim] = P();
             }
     }
