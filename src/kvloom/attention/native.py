@@ -88,6 +88,16 @@ class NativeAttention:
             )
         return plan.schedules[key]
 
+    def schedule_for(self, plan: GroupPlan, *, heads: int, kv_heads: int) -> Schedule:
+        """The schedule of a plan for layers with so many heads."""
+        return self.schedule(plan, max(1, SET_ROWS // (heads // kv_heads)))
+
+    def bytes_for(self, schedule: Schedule, dtype: torch.dtype, *, heads: int, kv_heads: int, dim: int) -> int:
+        """How many bytes of memory such a layer's attention works in."""
+        what = (ELEMENTS[dtype], schedule.numbers.ctypes.data, kv_heads, heads // kv_heads, dim, dim)
+        wanted: int = self._bytes(*what, torch.get_num_threads())
+        return wanted
+
 
 @cache
 def kernels(library: Library) -> NativeAttention:

@@ -1,0 +1,223 @@
+// A model, or some of its decoder layers, strung together without a way back to Python.
+//
+// A layer is x += output(attention(query, key, value of norm(x))); x += down(silu(gate(norm(x))) * up(norm(x))).
+
+#include <algorithm>
+#include <cstring>
+
+#include "linear.h"
+#include "small.h"
+
+// Attention of a step's new tokens in one layer; see attention.cpp.
+extern "C" void kvloom_attend(
+    int element, const std::int32_t* schedule, std::int64_t kv_heads, std::int64_t group, std::int64_t key_dim,
+    std::int64_t value_dim, const void* queries, std::int64_t query_token_stride, std::int64_t query_head_stride,
+    const void* keys, std::int64_t key_head_stride, const void* values, std::int64_t value_head_stride,
+    const float* sinks, float scale, float softcap, void* out, void* memory, int threads);
+
+namespace kvloom {
+
+// Layouts are those of ctypes structures in layers.py.
+
+struct Weight {
+    const void* packed;
+    const void* bias;  // or null
+    std::int64_t outputs;
+};
+
+struct Norm {
+    const void* weight;  // null if there is none
+    float epsilon;
+    std::int32_t unused;
+};
+
+struct DecoderLayer {
+    Norm input_norm, query_norm, key_norm, post_norm;
+    Weight query, key, value, output, gate, up, down;
+    std::int64_t hidden, heads, kv_heads, dim;
+    std::int64_t group;  // of layers with the same reach
+    float scale;
+    std::int32_t unused;
+};
+
+// Where a layer's keys and values are kept: [kv_heads, slots, dim], with a stride in elements from head to head.
+struct KeysValues {
+    void* keys;
+    void* values;
+    std::int64_t stride;
+};
+
+// What the layers of one group write and read.
+struct GroupStep {
+    const std::int64_t* slots;  // [rows]
+    const std::int32_t* schedule;
+};
+
+// One pass, for all layers: rows, and buffers for as many.
+struct LayersStep {
+    void* hidden;  // [rows, hidden], the rows on their way through the layers
+    void* normed;  // [rows, hidden]
+    void* query;   // [rows, heads * dim]
+    void* key;     // [rows, kv_heads * dim]
+    void* value;   // [rows, kv_heads * dim]
+    void* attended;  // [rows, heads * dim]
+    void* gate;      // [rows, intermediate]
+    void* up;        // [rows, intermediate]
+    float* cosines;  // [rows, dim / 2]
+    float* sines;
+    const GroupStep* groups;
+    void* memory;  // for attention
+    std::int64_t rows;
+    std::int32_t dtype;
+    std::int32_t threads;
+};
+
+// What is before the layers and behind them.
+struct Ends {
+    const void* embeddings;  // [vocabulary, hidden], or null: then those of the packed output layer
+    Norm norm;
+    Weight head;
+    std::int64_t vocabulary;  // of the embeddings
+    std::int64_t half;        // dim / 2
+    const std::int64_t* token_ids;   // [rows]
+    const std::int64_t* positions;   // [rows]
+    const float* frequencies;        // [half]
+    const std::int64_t* logit_rows;  // [logit_count]
+    std::int64_t logit_count;
+    void* logits;  // [logit_count, outputs of the head]
+    float scaling;  // of cosines and sines
+    std::int32_t unused;
+};
+
+namespace {
+
+// What follows is called by every thread of a parallel region, which then share the work.
+
+template <class Function> inline void share(std::int64_t count, Function function) {
+#pragma omp for schedule(static)
+    for (std::int64_t i = 0; i < count; ++i) function(i);
+}
+
+template <class Element> void norm(const LayersStep& step, const Norm& norm, std::int64_t columns) {
+    share(step.rows, [&](std::int64_t row) {
+        norm_row(static_cast<const Element*>(step.hidden) + row * columns, static_cast<const Element*>(norm.weight),
+                 static_cast<Element*>(step.normed) + row * columns, columns, norm.epsilon);
+    });
+}
+
+Projection project(const Weight& weight, void* to, const void* residual = nullptr) {
+    return {weight.packed, weight.bias, residual, to, weight.outputs, weight.outputs, weight.outputs};
+}
+
+template <int Count>
+void multiply(const LayersStep& step, const void* from, std::int64_t inner, const Projection (&to)[Count]) {
+    linear({from, step.rows, inner, inner, to, Count, step.dtype});
+}
+
+// One row of keys or values [kv_heads, dim] into its slot.
+template <class Element>
+void put_into_slot(void* store, const KeysValues& kept, std::int64_t slot, const Element* row, const DecoderLayer& layer) {
+    for (std::int64_t head = 0; head < layer.kv_heads; ++head)
+        std::memcpy(static_cast<Element*>(store) + head * kept.stride + slot * layer.dim, row + head * layer.dim,
+                    std::size_t(layer.dim) * sizeof(Element));
+}
+
+template <class Element> void before_attention(const DecoderLayer& layer, const KeysValues& kept, const LayersStep& step) {
+    norm<Element>(step, layer.input_norm, layer.hidden);
+    const Projection to[] = {project(layer.query, step.query), project(layer.key, step.key),
+                             project(layer.value, step.value)};
+    multiply(step, step.normed, layer.hidden, to);
+    const std::int64_t* slots = step.groups[layer.group].slots;
+    share(step.rows, [&](std::int64_t row) {
+        const float *cosines = step.cosines + row * (layer.dim / 2), *sines = step.sines + row * (layer.dim / 2);
+        Element* query = static_cast<Element*>(step.query) + row * layer.heads * layer.dim;
+        Element* key = static_cast<Element*>(step.key) + row * layer.kv_heads * layer.dim;
+        const Element* value = static_cast<const Element*>(step.value) + row * layer.kv_heads * layer.dim;
+        rotate_row(query, static_cast<const Element*>(layer.query_norm.weight), layer.query_norm.epsilon, cosines,
+                   sines, layer.heads, layer.dim);
+        rotate_row(key, static_cast<const Element*>(layer.key_norm.weight), layer.key_norm.epsilon, cosines, sines,
+                   layer.kv_heads, layer.dim);
+        put_into_slot(kept.keys, kept, slots[row], key, layer);
+        put_into_slot(kept.values, kept, slots[row], value, layer);
+    });
+}
+
+template <class Element> void after_attention(const DecoderLayer& layer, const LayersStep& step) {
+    const Projection output[] = {project(layer.output, step.hidden, step.hidden)};
+    multiply(step, step.attended, layer.heads * layer.dim, output);
+    norm<Element>(step, layer.post_norm, layer.hidden);
+    const Projection both[] = {project(layer.gate, step.gate), project(layer.up, step.up)};
+    multiply(step, step.normed, layer.hidden, both);
+    // In pieces, so that one row is work for all threads; each number stands by itself.
+    const std::int64_t columns = layer.gate.outputs, size = 16 * lanes, pieces = (columns + size - 1) / size;
+    share(step.rows * pieces, [&](std::int64_t i) {
+        const std::int64_t first = i % pieces * size, at = i / pieces * columns + first;
+        silu_times_row(static_cast<Element*>(step.gate) + at, static_cast<const Element*>(step.up) + at,
+                       std::min(size, columns - first));
+    });
+    const Projection down[] = {project(layer.down, step.hidden, step.hidden)};
+    multiply(step, step.gate, columns, down);
+}
+
+template <class Element> void before_layers(const Ends& ends, std::int64_t hidden, const LayersStep& step) {
+    if (ends.embeddings)
+        share(step.rows, [&](std::int64_t row) {
+            std::memcpy(static_cast<Element*>(step.hidden) + row * hidden,
+                        static_cast<const Element*>(ends.embeddings) + ends.token_ids[row] * hidden,
+                        std::size_t(hidden) * sizeof(Element));
+        });
+    else look_up(step.dtype, ends.head.packed, hidden, ends.token_ids, step.rows, step.hidden);
+    share(step.rows, [&](std::int64_t row) {
+        factors_row<Element>(ends.positions[row], ends.frequencies, ends.scaling, step.cosines + row * ends.half,
+                             step.sines + row * ends.half, ends.half);
+    });
+}
+
+// The rows whose logits are wanted take the place of the normed ones.
+template <class Element> void behind_layers(const Ends& ends, std::int64_t hidden, const LayersStep& step) {
+    share(ends.logit_count, [&](std::int64_t i) {
+        norm_row(static_cast<const Element*>(step.hidden) + ends.logit_rows[i] * hidden,
+                 static_cast<const Element*>(ends.norm.weight), static_cast<Element*>(step.normed) + i * hidden, hidden,
+                 ends.norm.epsilon);
+    });
+    const Projection head = project(ends.head, ends.logits);
+    linear({step.normed, ends.logit_count, hidden, hidden, &head, 1, step.dtype});
+}
+
+void attend(const DecoderLayer& layer, const KeysValues& kept, const LayersStep& step) {
+    kvloom_attend(step.dtype, step.groups[layer.group].schedule, layer.kv_heads, layer.heads / layer.kv_heads, layer.dim,
+                  layer.dim, step.query, layer.heads * layer.dim, layer.dim, kept.keys, kept.stride, kept.values,
+                  kept.stride, nullptr, layer.scale, 0, step.attended, step.memory, step.threads);
+}
+
+}  // namespace
+}  // namespace kvloom
+
+using namespace kvloom;
+
+// Runs `step.hidden` through `count` layers. With `ends`, it begins with token ids and ends with logits; returns 1, with
+// nothing done, if an id is beyond the vocabulary, else 0.
+KVLOOM_EXPORT int kvloom_layers(const DecoderLayer* layers, const KeysValues* kept, std::int64_t count,
+                                const LayersStep* step, const Ends* ends) {
+    if (ends)
+        for (std::int64_t row = 0; row < step->rows; ++row)
+            if (ends->token_ids[row] < 0 || ends->token_ids[row] >= ends->vocabulary) return 1;
+    with_type(step->dtype, [&](auto* type) {
+        using Element = std::remove_pointer_t<decltype(type)>;
+        for (std::int64_t i = 0; i < count; ++i) {
+#pragma omp parallel num_threads(step->threads)
+            {
+                if (i) after_attention<Element>(layers[i - 1], *step);
+                else if (ends) before_layers<Element>(*ends, layers[0].hidden, *step);
+                before_attention<Element>(layers[i], kept[i], *step);
+            }
+            attend(layers[i], kept[i], *step);
+        }
+#pragma omp parallel num_threads(step->threads)
+        {
+            after_attention<Element>(layers[count - 1], *step);
+            if (ends) behind_layers<Element>(*ends, layers[0].hidden, *step);
+        }
+    });
+    return 0;
+}
