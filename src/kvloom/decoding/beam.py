@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvloom.decoding.base import HostStep, Hypothesis, Step
 from kvloom.decoding.beam_state import IMPOSSIBLE, BeamRules, Beams, BeamStep, Candidates, Finished
+from kvloom.decoding.logprobs import Logprobs
 from kvloom.decoding.randomness import generator_for
 from kvloom.decoding.shared import Shared, filled
 from kvloom.decoding.trace import Path, Record, Trace
@@ -68,11 +69,11 @@ class BeamSearch:
         assert logits.shape[0] == self.rows, f"{logits.shape[0]} rows of logits for {self.rows} beams"
         raw = self._shared.observer.logprobs(logits)
         generator = None if self._generator is None else self._generator.clone_state()
-        candidates, stopped = self._candidates(self._scores(logits, raw), generator)
+        candidates, stopped = self._candidates(*self._draw(logits, raw, generator))
         # Before the first decision all beams are the one row of the prompt.
         parents = candidates.beams if len(self._trace) else torch.zeros_like(candidates.beams)
         # A score that is not a number orders nothing: the engine must hear of it.
-        logprobs = raw[parents, candidates.tokens].where(~candidates.scores.isnan(), torch.nan)
+        logprobs = raw.of(parents, candidates.tokens).where(~candidates.scores.isnan(), torch.nan)
         beams, kept = self._next(candidates)
         over = self._over(beams, candidates)
         extras = self._shared.observer.extras(logits, raw)
@@ -87,24 +88,33 @@ class BeamSearch:
             generator=generator,
         )
 
-    def _scores(self, logits: Tensor, raw: Tensor) -> Tensor:
+    def _draw(self, logits: Tensor, raw: Logprobs, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores, beams and tokens of the candidates, each [candidates]."""
+        vocab, count = logits.shape[1], self._rules.candidates
+        untouched = generator is None and not self._shared.processors and not self._shared.observer.mend
+        # In float32 the scores are transformers' to the last bit, which takes PyTorch's own log-softmax.
+        if untouched and count <= vocab and logits.dtype != torch.float32:
+            scores, chosen = raw.best(self._beams.scores, count)
+        else:
+            flat = self._scores(logits, raw).reshape(-1)
+            chosen = _draw(flat, count, generator)
+            scores = flat[chosen]
+        return scores, chosen // vocab, chosen % vocab
+
+    def _scores(self, logits: Tensor, raw: Logprobs) -> Tensor:
         """float32[num_beams, vocab]: the score of each beam continued by each token."""
-        logprobs = torch.log_softmax(logits.float(), dim=-1) if self._shared.observer.mend else raw
+        logprobs = torch.log_softmax(logits.float(), dim=-1) if self._shared.observer.mend else raw.all
         logprobs = logprobs.expand(self._rules.num_beams, -1)
         if self._shared.processors:
             # A processor may write into what it is given.
             logprobs = self._shared.process(self._beams.sequences, logprobs.clone())
         return logprobs + self._beams.scores[:, None]
 
-    def _candidates(self, scores: Tensor, generator: torch.Generator | None) -> tuple[Candidates, Tensor | None]:
+    def _candidates(self, scores: Tensor, beams: Tensor, tokens: Tensor) -> tuple[Candidates, Tensor | None]:
         """The candidates of this step, and which of them met a stop string or criterion."""
-        vocab = scores.shape[1]
-        flat = scores.reshape(-1)
-        chosen = _draw(flat, self._rules.candidates, generator)
-        beams, tokens = chosen // vocab, chosen % vocab
         sequences = torch.cat([self._beams.sequences[beams], tokens[:, None]], dim=1)
         stops = self._shared.stopping.check(sequences)
-        return Candidates(flat[chosen], beams, tokens, sequences, stops.finished), stops.stopped
+        return Candidates(scores, beams, tokens, sequences, stops.finished), stops.stopped
 
     def _next(self, candidates: Candidates) -> tuple[Beams, Tensor]:
         """The state after this step, and which candidates run on: int64[num_beams]."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvloom.decoding.base import HostStep, Hypothesis, Step
 from kvloom.decoding.history import History
+from kvloom.decoding.logprobs import Logprobs
 from kvloom.decoding.randomness import Uniforms, sample_seed
 from kvloom.decoding.shared import Shared, filled
 from kvloom.decoding.trace import Record, Trace
@@ -70,8 +71,7 @@ class GreedyOrSampling:
         assert logits.shape[0] == self.rows, f"{logits.shape[0]} rows of logits for {self.rows} sequences"
         parents = self._parents()
         raw = self._shared.observer.logprobs(logits)
-        tokens, possible = self._choose(self._processed(self._fan_out(logits.float())))
-        logprobs = torch.where(possible, raw[parents, tokens], torch.nan)
+        tokens, logprobs = self._choose(logits, raw, parents)
         stops = self._shared.stopping.check(self._history.followed_by(tokens))
         extras = self._shared.observer.extras(logits, raw)
         return SamplingStep(
@@ -84,8 +84,9 @@ class GreedyOrSampling:
 
     def _parents(self) -> Tensor:
         """int64[rows_after]: each row continues itself, except that all samples start from the prompt."""
-        rows = torch.arange(len(self._live), device=self._shared.device)
-        return rows if len(self._trace) else torch.zeros_like(rows)
+        rows = len(self._live)
+        own = torch.arange if len(self._trace) else torch.zeros
+        return own(rows, dtype=torch.int64, device=self._shared.device)
 
     def _fan_out(self, rows: Tensor) -> Tensor:
         return rows if len(self._trace) else rows.expand(len(self._live), -1)
@@ -96,13 +97,19 @@ class GreedyOrSampling:
         # A processor may write into the scores; the logits are the engine's.
         return self._shared.process(self._history.rows.contiguous(), scores.clone())
 
-    def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The token of each row, int64[rows], and whether it was possible at all, bool[rows]."""
+    def _choose(self, logits: Tensor, raw: Logprobs, parents: Tensor) -> tuple[Tensor, Tensor]:
+        """The token of each row, int64[rows], and its log-probability; NaN where no token was possible at all."""
+        if self._uniforms is None and not self._shared.processors and not self._shared.observer.mend:
+            likeliest, logprobs = raw.likeliest
+            return self._fan_out(likeliest[:, None])[:, 0], self._fan_out(logprobs[:, None])[:, 0]
+        scores = self._processed(self._fan_out(logits.float()))
         if self._uniforms is None:
             tokens = scores.argmax(dim=-1)
-            return tokens, scores.gather(1, tokens[:, None])[:, 0] > -torch.inf
-        uniforms = self._uniforms.at(len(self._trace))[self._live_index]
-        return invert_cdf(scores, uniforms)
+            possible = scores.gather(1, tokens[:, None])[:, 0] > -torch.inf
+        else:
+            uniforms = self._uniforms.at(len(self._trace))[self._live_index]
+            tokens, possible = invert_cdf(scores, uniforms)
+        return tokens, torch.where(possible, raw.of(parents, tokens), torch.nan)
 
     def advance(self, step: Step, host: HostStep) -> None:
         """Take over `step`, which the engine has applied; finished rows leave."""

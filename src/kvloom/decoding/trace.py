@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kvloom.decoding.base import TopLogprobs
+from kvloom.decoding.logprobs import Logprobs
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,13 @@ class Observer:
     output_logits: bool = False
     mend: bool = False
 
-    def logprobs(self, logits: Tensor) -> Tensor:
-        """float32[rows, vocab]: the log-softmax of `logits`, float[rows, vocab], before any processor."""
-        seen = torch.nan_to_num(logits.float(), nan=0.0) if self.mend else logits.float()
-        return torch.log_softmax(seen, dim=-1)
+    def logprobs(self, logits: Tensor) -> Logprobs:
+        """The log-softmax of `logits`, float[rows, vocab], before any processor."""
+        return Logprobs(torch.nan_to_num(logits.float(), nan=0.0) if self.mend else logits)
 
-    def extras(self, logits: Tensor, logprobs: Tensor) -> Extras:
+    def extras(self, logits: Tensor, logprobs: Logprobs) -> Extras:
         """What to keep of a step; copies, as the engine may reuse its buffer."""
-        top = logprobs.topk(self.top_logprobs, dim=-1) if self.top_logprobs else None
+        top = logprobs.all.topk(self.top_logprobs, dim=-1) if self.top_logprobs else None
         return Extras(
             top_ids=None if top is None else top.indices,
             top_logprobs=None if top is None else top.values,

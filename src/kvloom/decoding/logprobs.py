@@ -1,0 +1,57 @@
+"""The log-softmax of rows of logits, of which only what is asked for is calculated.
+
+A row of a large vocabulary is several hundred kilobytes; writing its log-softmax down to read one number of it took as
+long as a tenth of a decode step. Two numbers a row, its normaliser, tell the log-probability of any token.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from kvloom.native.logits import Normalizers, best_continuations, normalizers
+
+
+class Logprobs:
+    """Of `logits`, float[rows, vocab]: (logit - largest) - log(sum(exp(logit - largest))) in float32."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self._logits = logits
+
+    @cached_property
+    def _own(self) -> Normalizers:
+        return normalizers(self._logits)
+
+    @property
+    def likeliest(self) -> tuple[Tensor, Tensor]:
+        """int64[rows], the first of the likeliest tokens, and its log-probability; NaN where there is none."""
+        # The largest logit less itself is zero.
+        return self._own.where, -self._own.log_sums
+
+    def of(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        """float32[n], of `tokens` in `rows`, both int64[n]; NaN where a row's logits hold a NaN."""
+        if "all" in vars(self):
+            return self.all[rows, tokens]
+        return (self._logits[rows, tokens].float() - self._own.largest[rows]) - self._own.log_sums[rows]
+
+    @cached_property
+    def all(self) -> Tensor:
+        """float32[rows, vocab], PyTorch's own; the last bit may be another than `of` gives without it."""
+        return torch.log_softmax(self._logits.float(), dim=-1)
+
+    def best(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The best `count` of all log-probabilities plus their row's score, best first.
+
+        Args:
+            scores: float32[n]; a single row of logits serves all of them.
+
+        Returns:
+            float32[count], and int64[count], row * vocab + token. NaN where a row's logits hold a NaN.
+        """
+        rows = scores.shape[0]
+        if rows == self._logits.shape[0]:
+            return best_continuations(self._logits, self._own, scores, count)
+        own = Normalizers(*(value.repeat(rows) for value in (self._own.largest, self._own.where, self._own.log_sums)))
+        return best_continuations(self._logits.expand(rows, -1), own, scores, count)
