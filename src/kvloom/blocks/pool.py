@@ -30,6 +30,8 @@ class BlockPool:
         # A heap hands out the lowest free id, so that a long prompt tends to lie in one contiguous run,
         # which attention can read as a view.
         self._free = list(range(total))
+        self.handed_out = 0
+        """Blocks that `allocate` has given in all; where it stands still, nobody holds a block that is new to them."""
 
     @property
     def total(self) -> int:
@@ -63,6 +65,7 @@ class BlockPool:
             raise PoolExhausted(count, len(self._free))
         blocks = np.array([heapq.heappop(self._free) for _ in range(count)], dtype=np.int32)
         self._references[blocks] = 1
+        self.handed_out += count
         return blocks
 
     def acquire(self, blocks: BlockIds) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from kvloom.blocks import BlockCopy
 from kvloom.cache.layout import CacheLayout, LayerGroup
 from kvloom.native import Library, native
-from kvloom.native.rows import RowWriter
+from kvloom.native.rows import RowWriter, SlotCopier
 
 
 class Store:
@@ -40,6 +40,7 @@ class Store:
         ]
 
         self._writer = _writer(self.keys[0]) if self.keys else None
+        self._copiers: dict[LayerGroup, SlotCopier] = {}
 
     @property
     def allocated_bytes(self) -> int:
@@ -68,12 +69,24 @@ class Store:
     def copy(self, group: LayerGroup, copies: Iterable[BlockCopy]) -> None:
         """Carry out the copies-on-write of one group's tables."""
         size = self.layout.block_tokens
-        for copy in copies:
-            source = copy.source * size + copy.offset
-            target = copy.target * size + copy.offset
-            for layer in group.layers:
-                for tensor in (self.keys[layer], self.values[layer]):
-                    tensor[:, target : target + copy.count] = tensor[:, source : source + copy.count]
+        slots = [(c.source * size + c.offset, c.target * size + c.offset, c.count) for c in copies]
+        if slots and (copier := self._copier(group)) is not None:
+            copier.copy(slots)
+            return
+        for source, target, count in slots:
+            for tensor in self._tensors(group):
+                tensor[:, target : target + count] = tensor[:, source : source + count]
+
+    def _tensors(self, group: LayerGroup) -> list[Tensor]:
+        return [tensor for layer in group.layers for tensor in (self.keys[layer], self.values[layer])]
+
+    def _copier(self, group: LayerGroup) -> SlotCopier | None:
+        """The native kernel for a group's tensors, bound when first wanted; None if PyTorch's operators serve."""
+        if self._writer is not None and group not in self._copiers:
+            library = native()
+            assert isinstance(library, Library), "the writer is of a library"
+            self._copiers[group] = SlotCopier(library, self._tensors(group))
+        return self._copiers.get(group)
 
 
 def _writer(store: Tensor) -> RowWriter | None:

@@ -32,7 +32,7 @@ from kvloom.engine.holding import Holding, Holdings
 from kvloom.engine.peaks import note_peaks
 from kvloom.engine.planner import default_budget_bytes
 from kvloom.engine.request import Request, Row
-from kvloom.engine.rows import CachedRows
+from kvloom.engine.rows import CachedRows, stacked
 from kvloom.engine.scheduler import Scheduled, schedule
 from kvloom.engine.scoring import CachedScorer, Scored, score_uncached
 from kvloom.errors import CacheFull, ContextClosed, InvalidRequest, NumericalError
@@ -428,7 +428,7 @@ class Engine:
     def _decide(self, request: Request) -> Step | None:
         """The decoder's decision; a decoder that raises closes its own request only."""
         try:
-            return request.decoder.decide(torch.stack([row.logits for row in request.rows if row.logits is not None]))
+            return request.decoder.decide(stacked([row.logits for row in request.rows if row.logits is not None]))
         except Exception as error:
             self._close(request, error)
             return None

@@ -107,6 +107,7 @@ class Request:
     peak_by_group: tuple[int, ...] = ()
     peak_bytes: int = 0
     dropped_tokens: int = 0
+    handed_out: int = -1
     reserved: tuple[int, ...] = ()
     submitted_at: float = field(default_factory=time.perf_counter)
     finished_at: float = 0.0

@@ -222,3 +222,16 @@ def _reusable(tokens: int, logits_of: int, retention: Retention | None) -> int:
     """How many leading tokens of a prompt may come from what full attention has computed before."""
     reusable = tokens - logits_of
     return reusable if retention is None else min(reusable, retention.reusable(tokens))
+
+
+def stacked(rows: Sequence[Tensor]) -> Tensor:
+    """`torch.stack(rows)`, as a view where contiguous rows lie one behind the other already, as those of a pass do."""
+    first, size = rows[0], rows[0].nbytes
+    storage = first.untyped_storage().data_ptr()
+    neighbours = all(
+        row.data_ptr() == first.data_ptr() + index * size and row.untyped_storage().data_ptr() == storage
+        for index, row in enumerate(rows)
+    )
+    if not neighbours or not first.is_contiguous():
+        return torch.stack(list(rows))
+    return first.as_strided((len(rows), *first.shape), (first.numel(), *first.stride()))

@@ -1,9 +1,12 @@
-"""Rows of a tensor, put where they belong."""
+"""Rows of a store's tensors, put where they belong."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from kvloom.native.library import Library
@@ -33,3 +36,42 @@ class RowWriter:
             *(rows.data_ptr(), rows.stride(0), rows.stride(1)),
             *(slots.data_ptr(), len(slots), store.shape[0], store.shape[2]),
         )
+
+
+class _Slots(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("heads", ctypes.c_int64),
+        ("head_stride", ctypes.c_int64),
+        ("slot_bytes", ctypes.c_int64),
+    )
+
+
+class SlotCopier:
+    """Copies slots within some tensors, by a function of the native library.
+
+    Args:
+        tensors: [kv_heads, slots, dim] each, contiguous.
+    """
+
+    def __init__(self, library: Library, tensors: Sequence[Tensor]) -> None:
+        self._copy = library.function(
+            "kvloom_copy_slots", ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        )
+        self._tensors = tensors
+        self._arguments = (_Slots * len(tensors))(
+            *(
+                (own.data_ptr(), own.shape[0], own.stride(0) * own.element_size(), own.shape[2] * own.element_size())
+                for own in tensors
+            )
+        )
+
+    def copy(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """`tensor[:, target : target + count] = tensor[:, source : source + count]` for each tensor and copy.
+
+        Args:
+            copies: source, target and count, in slots; no target is another one's source.
+        """
+        numbers = np.array(copies, dtype=np.int64).reshape(-1, 3)
+        threads = torch.get_num_threads()
+        self._copy(self._arguments, len(self._tensors), numbers.ctypes.data, len(numbers), threads)
