@@ -23,10 +23,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvloom.attention import Plan, torch_ops
 from kvloom.attention.native import NativeAttention, kernels_for
 from kvloom.attention.turn import Turn
-from kvloom.cache import LayerShape, Store
+from kvloom.cache import CacheLayout, LayerShape, Store
 from kvloom.errors import ModelError, UnsupportedModel
 from kvloom.models.binding import Regime
 from kvloom.models.identity import Identity, identify
+from kvloom.models.native import NativePath
 from kvloom.models.looking import LOOK, Look, look
 from kvloom.models.operations import Operation, linear_operations
 from kvloom.models.packed import PackedLinears
@@ -34,6 +35,7 @@ from kvloom.models.packings import choose_packing
 from kvloom.models.probe import PROBE, PROBE_TOKENS, Probe, run_probe
 from kvloom.models.rotary import RotaryRegimes
 from kvloom.models.turning import TURNING, Recorded, prove_turns
+from kvloom.native import Library, native
 
 NAME = "kvloom"
 
@@ -98,6 +100,10 @@ class AttentionInterfaceBinding:
     Args:
         model: in evaluation mode. Its weights, config and mode are left as they are.
 
+    Attributes:
+        dtype, device: of the model's weights.
+        native: which of its operations run in native kernels; None if none do.
+
     Raises:
         UnsupportedModel: for models that cannot be decoded this way; the message says which part and why.
     """
@@ -107,14 +113,15 @@ class AttentionInterfaceBinding:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self._lock = threading.RLock()
-        self._attached_as = (model.dtype, self.device)
+        self.dtype, self.device = _lies_as(model)
+        self.native: NativePath | None = None
         self.check_ready()
         _refuse_by_config(model)
         self._text_config: Any = model.config.get_text_config(decoder=True)
         self._configs = _configs_of(model, self._text_config)
         self._rotary = RotaryRegimes(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.vocab_size = int(self.forward_uncached(torch.zeros((1, 1), dtype=torch.int64)).shape[-1])
+        self.vocab_size = int(self.forward_own(torch.zeros((1, 1), dtype=torch.int64)).shape[-1])
         self.max_tokens = self._find_max_tokens()
         self.calls = run_probe(model, self._forward_probe, self.max_tokens or 32_768)
         self.layers: tuple[LayerShape, ...] = tuple(call.shape for call in self.calls)
@@ -124,23 +131,13 @@ class AttentionInterfaceBinding:
         self._identity: tuple[bytes, Identity] | None = None
         self._turns: tuple[Turn | None, ...] | None = None
 
-    @property
-    def device(self) -> torch.device:
-        """The device of the model's weights; those that were given up for packed copies are on none."""
-        return next(torch.device(own.device) for own in self.model.parameters() if own.device.type != "meta")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the model's weights."""
-        dtype: torch.dtype = self.model.dtype
-        return dtype
-
     def check_ready(self) -> None:
         """Refuse training mode, gradient checkpointing, and a model that was moved since it was attached."""
-        if (self.dtype, self.device) != self._attached_as:
+        dtype, device = _lies_as(self.model)
+        if (dtype, device) != (self.dtype, self.device):
             raise UnsupportedModel(
-                f"the model was attached as {self._attached_as[0]} on {self._attached_as[1]}, and is {self.dtype} on "
-                f"{self.device} now. Attach it again."
+                f"the model was attached as {self.dtype} on {self.device}, and is {dtype} on {device} now. "
+                "Attach it again."
             )
         if any(module.training for module in self.model.modules()):
             raise UnsupportedModel("the model is in training mode, so its output is random. Call model.eval() first.")
@@ -149,6 +146,8 @@ class AttentionInterfaceBinding:
                 "the model has gradient checkpointing switched on, under which transformers drops its cache. "
                 "Call model.gradient_checkpointing_disable() first."
             )
+        if self.native is not None:
+            self.native.look_again()
 
     def fingerprint(self) -> bytes:
         """Digest of where every weight lies, how often it was written in place, and of the active adapters.
@@ -204,10 +203,21 @@ class AttentionInterfaceBinding:
     @torch.no_grad()
     def forward(self, token_ids: Tensor, plan: Plan, store: Store, *, regime: Regime) -> Tensor:
         """One ragged row [1, tokens] with explicit positions: no padding, no mask, no cache of transformers' own."""
+        with self._lock, self._rotary.fixed(regime):
+            if self.native is None or not _is_plain(plan, store, self.dtype):
+                return self.forward_by_modules(token_ids, plan, store, regime=regime)
+            if (whole := self.native.whole()) is not None:
+                return whole.forward(token_ids, plan, store)
+            with self.native.layers(plan, store):
+                return self.forward_by_modules(token_ids, plan, store, regime=regime)
+
+    @torch.no_grad()
+    def forward_by_modules(self, token_ids: Tensor, plan: Plan, store: Store, *, regime: Regime) -> Tensor:
+        """The same by the model's modules, but for their attention and their packed linear layers."""
         if self._group_of_layer is None:
             self._group_of_layer = store.layout.group_of_layer
-        native = kernels_for(store.keys[0])
-        step = _Step(native, plan, store, self._layer_of, self._group_of_layer, self._turns)
+        kernels = kernels_for(store.keys[0])
+        step = _Step(kernels, plan, store, self._layer_of, self._group_of_layer, self._turns)
         packed = nullcontext() if self.packed is None else self.packed.active()
         with self._lock, self._attention_is(NAME), self._rotary.fixed(regime), packed:
             output = self.model(
@@ -222,12 +232,27 @@ class AttentionInterfaceBinding:
 
     @torch.no_grad()
     def forward_uncached(self, token_ids: Tensor, *, last: int | None = 1, regime: Regime | None = None) -> Tensor:
-        """The model's own forward, with its own attention."""
+        """Whole sequences by the same native operations as on the cache, where all are native; else the model's own."""
+        fixed = self.regime(token_ids.shape[1]) if regime is None else regime
+        with self._lock:
+            if self.native is None or (whole := self.native.whole()) is None:
+                return self.forward_own(token_ids, last=last, regime=fixed)
+            with self._rotary.fixed(fixed):
+                return whole.forward_uncached(token_ids, last=last)
+
+    @torch.no_grad()
+    def forward_own(self, token_ids: Tensor, *, last: int | None = 1, regime: Regime | None = None) -> Tensor:
+        """The model's own forward, with its own attention: what everything else is compared with."""
         keep = {"logits_to_keep": last or 0} if self._keeps_logits else {}
         fixed = self.regime(token_ids.shape[1]) if regime is None else regime
         with self._lock, self._rotary.fixed(fixed):
             logits: Tensor = self.model(input_ids=token_ids.to(self.device), use_cache=False, **keep).logits
         return logits if last is None else logits[:, -last:]
+
+    @property
+    def bit_identical(self) -> bool:
+        """Whether every operation runs in native kernels."""
+        return self.native is not None and self.native.whole() is not None
 
     @torch.no_grad()
     def look(self, token_ids: Tensor, *, causal: bool = True) -> Look:
@@ -248,16 +273,26 @@ class AttentionInterfaceBinding:
         """Decode with packed copies of the linear layers; see `PackedLinears` for what `exclusive` does."""
         packing = choose_packing() if self.device.type == "cpu" else None
         self.packed = PackedLinears(self.model, packing, exclusive=exclusive)
+        library = native()
+        if isinstance(library, Library) and self.device.type == "cpu" and self.dtype in library.dtypes:
+            layout = CacheLayout(layers=self.layers, dtype=self.dtype)
+            self.native = NativePath(self.model, self.calls, self, layout, library, self.packed.weight_of)
 
     def operations(self) -> tuple[Operation, ...]:
-        """The linear layers one by one, and the rest."""
+        """The linear layers one by one, attention, and the small operations layer by layer."""
         linear = linear_operations(self.model, self.packed)
-        return (*linear, Operation("attention, norms, activations", False, "run in PyTorch's operators"))
+        if self.native is None:
+            return (
+                *linear,
+                Operation("attention, norms, activations", False, "there are no native kernels for it here"),
+            )
+        return (*linear, Operation("attention", True), *self.native.operations())
 
     def detach(self) -> None:
         """Put back weights that were given up; else, between two of our forward passes the model is its owner's."""
         if self.packed is not None:
             with self._lock:
+                self.native = None
                 self.packed.restore()
 
     def _forward_probe(self, probe: Probe) -> None:
@@ -305,6 +340,24 @@ class AttentionInterfaceBinding:
         parameters = getattr(self._text_config, "rope_parameters", None) or {}
         stretch = parameters.get("factor", 1.0) if "dynamic" in str(parameters.get("rope_type")) else 1.0
         return int(trained * stretch)
+
+
+def _is_plain(plan: Plan, store: Store, dtype: torch.dtype) -> bool:
+    """Whether a step does nothing but write keys and values and attend to all that the tables hold.
+
+    What retention policies hide, turn or observe goes through the modules' attention.
+    """
+    return (
+        kernels_for(store.keys[0]) is not None
+        and store.keys[0].dtype == dtype
+        and not any(group.retains for group in plan.groups)
+        and all(bounds is None for bounds in store.bounds)
+    )
+
+
+def _lies_as(model: PreTrainedModel) -> tuple[torch.dtype, torch.device]:
+    """Dtype and device of the weights; those that were given up for packed copies are on no device."""
+    return model.dtype, next(torch.device(own.device) for own in model.parameters() if own.device.type != "meta")
 
 
 def row_scales(model: nn.Module) -> list[int]:

@@ -87,7 +87,7 @@ class Binding(Protocol):
         ...
 
     def forward_uncached(self, token_ids: Tensor, *, last: int | None = 1, regime: Regime | None = None) -> Tensor:
-        """The model's own forward over whole sequences, with nothing of ours in it.
+        """Whole sequences, computed anew: nothing is read from a cache, nothing is kept.
 
         Args:
             token_ids: int64[batch, tokens], sequences of equal length.
@@ -97,6 +97,15 @@ class Binding(Protocol):
         Returns:
             logits, float[batch, last, vocab].
         """
+        ...
+
+    def forward_own(self, token_ids: Tensor, *, last: int | None = 1, regime: Regime | None = None) -> Tensor:
+        """The same by the model's own forward: the independent reference. See `forward_uncached`."""
+        ...
+
+    @property
+    def bit_identical(self) -> bool:
+        """Whether a token's logits are the same bits with and without the cache, in chunks and in any batch."""
         ...
 
     def operations(self) -> tuple[Operation, ...]:

@@ -81,6 +81,15 @@ class CallableBinding:
             )
         return logits if last is None else logits[:, -last:]
 
+    def forward_own(self, token_ids: Tensor, *, last: int | None = 1, regime: Regime | None = None) -> Tensor:
+        """The function is all there is."""
+        return self.forward_uncached(token_ids, last=last, regime=regime)
+
+    @property
+    def bit_identical(self) -> bool:
+        """Nobody knows."""
+        return False
+
     def operations(self) -> tuple[Operation, ...]:
         """One, and what it does cannot be seen."""
         return (Operation("the callable", False, "what it calculates cannot be seen"),)

@@ -151,7 +151,7 @@ class _Runner:
 
 def _run_uncached(binding: AttentionInterfaceBinding, tokens: list[int], regime: Regime) -> _Trace:
     with _recorded(binding) as rows:
-        logits = binding.forward_uncached(torch.tensor([tokens], device=binding.device), last=None, regime=regime)
+        logits = binding.forward_own(torch.tensor([tokens], device=binding.device), last=None, regime=regime)
         rows[LOGITS] = logits[0]
     return _Trace(rows)
 
