@@ -15,7 +15,7 @@ from kvloom.cli.terminal import counting_runs, stdout_console
 if TYPE_CHECKING:
     from kvloom.verify import Report
 
-STYLES = {"equal": "green", "near tie": "yellow", "failed": "bold red"}
+STYLES = {"bit-identical": "green", "equal": "green", "near tie": "yellow", "failed": "bold red"}
 
 
 @click.command(cls=Command)

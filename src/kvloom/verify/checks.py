@@ -93,6 +93,7 @@ def verify(
         max_new_tokens=shape.new_tokens,
         seed=seed,
         num_beams=NUM_BEAMS,
+        bit_identical=binding.bit_identical and bool(checks),
         checks=checks,
         retention=told,
         note="" if checks else "a callable has no cache, and is always run uncached.",
@@ -134,6 +135,7 @@ class _Runs:
         self.prompts = prompts
         self.shape = shape
         self.seed = seed
+        self.bit_identical = engine.binding.bit_identical
         self.relative_tolerance = RELATIVE_TOLERANCE.get(engine.binding.dtype, RELATIVE_TOLERANCE[torch.bfloat16])
         self._make = make
         self._engine = engine
@@ -154,6 +156,17 @@ class _Runs:
         watch = Watch()
         beams = {"num_beams": NUM_BEAMS, "num_return_sequences": NUM_BEAMS, "logits_processor": [watch]}
         return self._sequences(lm.beam_search, [prompt], beams | options)[0], watch
+
+    def own_forward(self, prompt: list[int], follows: Decoded) -> Decoded:
+        """What the model's own forward would choose after each token of a sequence, were it there."""
+        binding = self._engine.binding
+        token_ids = torch.tensor([[*prompt, *follows.token_ids[:-1]]], device=binding.device)
+        logits = binding.forward_own(token_ids, last=len(follows.token_ids))[0].float().cpu()
+        chosen = logits.argmax(dim=-1)
+        logprobs = torch.log_softmax(logits, dim=-1).gather(1, chosen[:, None])[:, 0]
+        return Decoded(
+            token_ids=chosen.tolist(), logprobs=logprobs.tolist(), logits=logits, score=0.0, cached_prompt_tokens=0
+        )
 
     def uncached(self) -> Decodes:
         """The user's model, to be run with `use_cache=False`."""
@@ -220,8 +233,10 @@ class _Checks:
         self._warm: list[Decoded] = []
 
     def all(self) -> tuple[Check, ...]:
+        first = self.greedy()
         return (
-            self.greedy(),
+            *([self.own()] if self._runs.bit_identical else []),
+            first,
             self.sampling(),
             self.beams(),
             self.warm_prefix(),
@@ -241,6 +256,15 @@ class _Checks:
             runs.tell("greedy, warm prefix")
             self._warm.append(runs.decode(lm, prompt, do_sample=False))
         return self._compare("greedy", ("uncached", "cached"), references, self._cold, f"{len(references)} prompts")
+
+    def own(self) -> Check:
+        """Where the uncached runs go through our kernels too, these are compared with the model's own forward."""
+        runs = self._runs
+        pairs = zip(runs.prompts, self._cold, strict=True)
+        references = [runs.own_forward(prompt, follows) for prompt, follows in pairs]
+        detail = "transformers' modules against native kernels"
+        names = ("own forward", "cached")
+        return self._compare("greedy", names, references, self._cold, detail, tolerance=runs.relative_tolerance)
 
     def sampling(self) -> Check:
         """The same random numbers on both sides."""
@@ -315,12 +339,22 @@ class _Checks:
         detail: str,
         *,
         seed: int | None = None,
+        tolerance: float | None = None,
     ) -> Check:
         pairs = enumerate(zip(references, others, strict=True))
         comparisons = [compare_sequences(own, other, prompt=index, seed=seed) for index, (own, other) in pairs]
-        return self._check(method, names, comparisons, detail)
+        return self._check(method, names, comparisons, detail, tolerance)
 
-    def _check(self, method: str, names: tuple[str, str], parts: Sequence[Comparison], detail: str) -> Check:
+    def _check(
+        self,
+        method: str,
+        names: tuple[str, str],
+        parts: Sequence[Comparison],
+        detail: str,
+        tolerance: float | None = None,
+    ) -> Check:
+        if tolerance is None:
+            tolerance = 0.0 if self._runs.bit_identical else self._runs.relative_tolerance
         divergences = [found for part in parts for found in part.divergences]
         first = next((found for found in divergences if not found.explained), next(iter(divergences), None))
         scale = max(part.scale for part in parts)
@@ -335,8 +369,9 @@ class _Checks:
             divergences=len(divergences),
             margin=min(part.margin for part in parts) if first is None else first.margin,
             max_difference=worst([part.max_difference for part in parts]),
-            tolerance=self._runs.relative_tolerance * scale,
+            same_bits=all(part.same_bits for part in parts),
+            tolerance=tolerance * scale,
             scale=scale,
-            relative_tolerance=self._runs.relative_tolerance,
+            relative_tolerance=tolerance,
             detail=detail,
         )

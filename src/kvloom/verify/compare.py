@@ -71,6 +71,7 @@ class Comparison:
     divergences: tuple[Divergence, ...]
     margin: float
     max_difference: float
+    same_bits: bool
     scale: float
 
 
@@ -104,6 +105,7 @@ def compare_sequences(reference: Decoded, other: Decoded, *, prompt: int, seed: 
         divergences=tuple(diverged),
         margin=diverged[0].margin if diverged else margins.least(),
         max_difference=_largest(differences),
+        same_bits=_same_bits(expected[:common], found[:common]) and not diverged,
         scale=_scale(expected),
     )
 
@@ -199,6 +201,9 @@ def compare_beams(
         divergences=tuple(diverged),
         margin=diverged[0].margin if diverged else search.least_margin(),
         max_difference=worst(differences),
+        same_bits=not diverged
+        and search.same_bits()
+        and all(_same_bits(own.logits, its.logits) for own, its in zip(reference, other, strict=True)),
         scale=max(_scale(own.logits) for own in reference),
     )
 
@@ -217,6 +222,12 @@ class _Search:
         """Largest difference of log-probabilities over the common steps."""
         steps = zip(self._reference.logprobs[: self._common], self._other.logprobs[: self._common], strict=True)
         return worst([_largest(_row_differences(own, its)) for own, its in steps])
+
+    def same_bits(self) -> bool:
+        """Whether the log-probabilities of all steps are the same bits."""
+        steps = zip(self._reference.logprobs, self._other.logprobs, strict=False)
+        alike = len(self._reference.logprobs) == len(self._other.logprobs) == self._common
+        return alike and all(_same_bits(own, its) for own, its in steps)
 
     def divergence(self, own: Decoded, its: Decoded) -> tuple[float, float]:
         """Margin and difference of scores at the step at which the searches, or at last two hypotheses, part."""
@@ -288,6 +299,11 @@ def _row_differences(expected: Tensor, found: Tensor) -> Tensor:
     """float[rows]: the largest |difference| of each row; forbidden tokens (-inf in both) count as equal."""
     equal = expected == found
     return (expected - found).abs().masked_fill(equal, 0.0).amax(dim=-1)
+
+
+def _same_bits(expected: Tensor, found: Tensor) -> bool:
+    """Whether float32 numbers are equal bit by bit."""
+    return torch.equal(expected.contiguous().view(torch.int32), found.contiguous().view(torch.int32))
 
 
 def _gap(first: float, second: float) -> float:

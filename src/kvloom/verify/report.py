@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-Verdict = Literal["equal", "near tie", "failed"]
+Verdict = Literal["bit-identical", "equal", "near tie", "failed"]
 
 COLUMNS = ("method", "compared", "tokens", "margin", "max |Δ|", "tolerance", "verdict")
 
@@ -52,7 +52,8 @@ class Check:
             number to the border of the chosen token's share. Beam search: the gap between scores of beams.
         max_difference: largest |difference| of logits (of beams: also of log-probabilities and scores) over all
             steps up to the first divergence, where both runs have the same history.
-        tolerance: what it may be: `relative_tolerance` of `scale`.
+        same_bits: whether all of these are equal to the last bit.
+        tolerance: what it may be: `relative_tolerance` of `scale`; 0 where only the same bits pass.
         scale: the largest |logit| of the reference.
         relative_tolerance: depends on the dtype.
         detail: what was run, in a few words.
@@ -68,6 +69,7 @@ class Check:
     divergences: int
     margin: float
     max_difference: float
+    same_bits: bool
     tolerance: float
     scale: float
     relative_tolerance: float
@@ -75,8 +77,13 @@ class Check:
 
     @property
     def verdict(self) -> Verdict:
-        """ "equal": same tokens, logits within tolerance. "near tie": logits within tolerance, and that small
-        difference explains why another token won. "failed": anything else."""
+        """ "bit-identical": same tokens, and every bit of the logits. "equal": same tokens, logits within tolerance.
+        "near tie": logits within tolerance, and that small difference explains why another token won. "failed":
+        anything else; where every operation is native, anything but the same bits."""
+        if self.same_bits:
+            return "bit-identical"
+        if not self.relative_tolerance:
+            return "failed"
         if not self.max_difference <= self.tolerance:
             return "failed"
         if self.divergence is None:
@@ -91,7 +98,7 @@ class Check:
             f"{self.equal_tokens}/{self.tokens}",
             f"{self.margin:.2g}" if math.isfinite(self.margin) else "-",
             f"{self.max_difference:.2g}",
-            f"{self.tolerance:.2g}",
+            f"{self.tolerance:.2g}" if self.tolerance else "same bits",
             self.verdict,
         )
 
@@ -108,7 +115,9 @@ class Check:
             because = {True: "explained by", False: "too large for"}[found.explained]
             if within:
                 parts.append(f"its margin of {found.margin:.2g} is {because} a difference of {found.difference:.2g}")
-        if not within:
+        if not self.relative_tolerance and self.verdict == "failed":
+            parts.append(f"logits differ by {self.max_difference:.2g}, and not a bit may: every operation is native")
+        elif not within:
             parts.append(f"logits differ by {self.max_difference:.2g}, tolerance {self.tolerance:.2g}")
         return f"{title}: {'; '.join(parts)}." if parts else None
 
@@ -122,6 +131,7 @@ class Report:
         dtype, device: of weights and cache.
         prompt_tokens: length of each prompt.
         max_new_tokens, seed, num_beams: as they were used.
+        bit_identical: whether every operation of the model is native, so that the cache must not change a bit.
         checks: in the order in which they ran; empty if there is no cache to verify, and then `note` says why.
         retention: what the model's retention policy does to such output, in a sentence; None without one.
         seconds: what it took.
@@ -134,6 +144,7 @@ class Report:
     max_new_tokens: int
     seed: int
     num_beams: int
+    bit_identical: bool
     checks: tuple[Check, ...]
     note: str
     seconds: float
@@ -153,19 +164,18 @@ class Report:
 
     def legend(self) -> str:
         """What the columns of the table mean."""
-        share = self.checks[0].relative_tolerance if self.checks else 0.0
+        share = max((check.relative_tolerance for check in self.checks), default=0.0)
+        native = "same bits where every operation is native, else " if self.bit_identical else ""
         return (
             "margin: how far the reference was from another choice. max |Δ|: largest difference of logits; tolerance: "
-            f"{share:g} of the largest |logit|. Near tie: a difference so small turned a margin as small."
+            f"{native}{share:g} of the largest |logit|. Near tie: a difference so small turned a margin as small."
         )
 
     def summary(self) -> str:
         """The outcome in one line."""
         if not self.checks:
             return f"nothing to compare: {self.note}"
-        counted = {
-            verdict: sum(c.verdict == verdict for c in self.checks) for verdict in ("equal", "near tie", "failed")
-        }
+        counted = {verdict: sum(c.verdict == verdict for c in self.checks) for verdict in get_args(Verdict)}
         parts = [f"{count} {verdict}" for verdict, count in counted.items() if count]
         outcome = "verified" if self.ok else "NOT verified"
         return f"{outcome}: {len(self.checks)} checks, {', '.join(parts)}, in {self.seconds:.1f} s"

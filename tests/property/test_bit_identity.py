@@ -1,0 +1,145 @@
+"""Where every operation is native, the logits of a token are the same bits, whatever happens around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import kvloom
+from kvloom.engine import Engine
+from kvloom.model import LanguageModel
+from kvloom.native import Library, native
+from tiny import tiny_model
+
+if not isinstance(native(), Library):
+    pytest.skip("there are no native kernels here", allow_module_level=True)
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "llama_dynamic_rope")
+PROMPT = [(7 * i * i + 3 * i) % 131 for i in range(70)]
+NEW = 5
+
+
+@cache
+def _binding(family: str, dtype: torch.dtype):
+    lm = kvloom.attach(tiny_model(family, dtype=dtype), budget_bytes=1 << 20)
+    assert lm.engine.binding.bit_identical, "the test is about native models"
+    return lm.engine.binding
+
+
+@cache
+def _expected(family: str, dtype: torch.dtype, tokens: int) -> tuple[list[int], Tensor]:
+    """Greedy tokens and their logits, without a cache, alone, on one thread."""
+    with _threads(1):
+        lm = LanguageModel(Engine(_binding(family, dtype), budget_bytes=1 << 20), None, None)
+        out = lm.generate(PROMPT[:tokens], max_new_tokens=NEW, eos_token_id=None, output_logits=True, use_cache=False)
+    return out.token_ids, out.logits
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _same_bits(found: Tensor, expected: Tensor) -> bool:
+    return torch.equal(found.float().view(torch.int32), expected.float().view(torch.int32))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    family=st.sampled_from(FAMILIES),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    tokens=st.integers(2, len(PROMPT)),
+    step_tokens=st.integers(1, 80),
+    block_tokens=st.sampled_from([1, 3, 16]),
+    warm=st.integers(0, len(PROMPT)),
+    mates=st.lists(st.integers(1, 40), max_size=3),
+    threads=st.integers(1, 2),
+    fragments=st.lists(st.integers(1, 30), max_size=4),
+    use_cache=st.booleans(),
+)
+def test_greedy_logits_are_the_same_bits_whatever_surrounds_them(
+    family: str,
+    dtype: torch.dtype,
+    tokens: int,
+    step_tokens: int,
+    block_tokens: int,
+    warm: int,
+    mates: list[int],
+    threads: int,
+    fragments: list[int],
+    use_cache: bool,
+) -> None:
+    expected_ids, expected = _expected(family, dtype, tokens)
+    engine = Engine(_binding(family, dtype), budget_bytes=1 << 21, block_tokens=block_tokens, step_tokens=step_tokens)
+    lm = LanguageModel(engine, None, None)
+    with _threads(threads):
+        # Contexts of which every other one is dropped leave holes in the pool; a warm prefix may end anywhere.
+        kept = [lm.prefill([(own * 5 + i) % 131 for i in range(own)]) for own in fragments]
+        del kept[::2]
+        if warm:
+            lm.generate(PROMPT[:warm], max_new_tokens=1, eos_token_id=None)
+        others = [[(11 * own + 3 * i) % 131 for i in range(own)] for own in mates]
+        found = lm.generate(
+            [PROMPT[:tokens], *others], max_new_tokens=NEW, eos_token_id=None, output_logits=True, use_cache=use_cache
+        )[0]
+    assert found.token_ids == expected_ids
+    assert _same_bits(found.logits, expected)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    family=st.sampled_from(FAMILIES),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    tokens=st.integers(2, 60),
+    beams=st.integers(2, 6),
+    step_tokens=st.integers(1, 80),
+    threads=st.integers(1, 2),
+)
+def test_beams_have_the_logits_that_their_tokens_have_alone(
+    family: str, dtype: torch.dtype, tokens: int, beams: int, step_tokens: int, threads: int
+) -> None:
+    binding = _binding(family, dtype)
+    lm = LanguageModel(Engine(binding, budget_bytes=1 << 21, step_tokens=step_tokens), None, None)
+    with _threads(threads):
+        found = lm.beam_search(
+            PROMPT[:tokens],
+            num_beams=beams,
+            num_return_sequences=beams,
+            max_new_tokens=NEW,
+            eos_token_id=None,
+            output_logits=True,
+        )
+    for own in found:
+        for step in {0, len(own.token_ids) - 1}:
+            whole = [*PROMPT[:tokens], *own.token_ids[:step]]
+            with _threads(1):
+                alone = binding.forward_uncached(torch.tensor([whole]))[0, -1]
+            assert _same_bits(own.logits[step], alone)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    family=st.sampled_from(FAMILIES[:4]),
+    tokens=st.integers(1, 30),
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+)
+def test_scored_continuations_have_the_logprobs_that_they_have_without_a_cache(
+    family: str, tokens: int, lengths: list[int]
+) -> None:
+    lm = LanguageModel(Engine(_binding(family, torch.bfloat16), budget_bytes=1 << 21), None, None)
+    continuations = [[(17 * own + 5 * i) % 131 for i in range(own)] for own in lengths]
+    cached = lm.score(continuations, prompt=PROMPT[:tokens])
+    uncached = lm.score(continuations, prompt=PROMPT[:tokens], use_cache=False)
+    assert [own.token_logprobs for own in cached] == [own.token_logprobs for own in uncached]
