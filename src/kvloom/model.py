@@ -229,7 +229,7 @@ class LanguageModel:
             context: what the prompt continues; unchanged.
             normalize: what `Score.score` is: "none", the sum of log-probabilities; "tokens" or "bytes", the same
                 divided by the number of tokens, or of bytes of UTF-8.
-            use_cache: False computes each continuation by the model's own forward over the whole sequence.
+            use_cache: False computes the whole sequence anew for each continuation.
 
         Returns:
             `Scores`: a list with a `Score` for each continuation, in the order passed, and what it cost in `usage`.
@@ -291,7 +291,7 @@ class LanguageModel:
     ) -> Report:
         """Prove on this model that cached output equals uncached output.
 
-        Greedy decoding, sampling and beam search are compared with the model's own forward (`use_cache=False`);
+        Greedy decoding, sampling and beam search are compared with `use_cache=False`, and that with the model's own forward;
         then a cold with a warm prefix, one chunk with many, alone with in a ragged batch. The checks run on caches
         of their own, which are freed; contexts and other requests are not touched.
 

@@ -108,7 +108,7 @@ def test_a_row_is_the_same_bits_alone_and_among_others(
 
 @every_target
 def test_extreme_numbers_are_treated_as_pytorch_treats_them(target: str) -> None:
-    own = _operations(target, torch.float32)
+    own = Operations(load(target), torch.float32)
     gate = torch.tensor([[-torch.inf, -200.0, -90.0, -87.0, 0.0, 88.0, 89.0, 200.0, torch.inf, torch.nan]])
     expected = gate.clone()
     up = torch.ones_like(gate)

@@ -119,7 +119,7 @@ COUNT = click.IntRange(min=1)
     "--no-cache",
     is_flag=True,
     section="Model",
-    help="Compute everything anew for each token, by the model's own forward.",
+    help="Compute everything anew for each token.",
 )
 @click.pass_context
 def generate(

@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     "--no-cache",
     is_flag=True,
     section="Model",
-    help="Compute prompt and continuation anew for each, by the model's own forward.",
+    help="Compute prompt and continuation anew for each.",
 )
 def score(
     prompt: str | None,

@@ -60,7 +60,7 @@ def verify(
 ) -> None:
     """Prove that cached output equals uncached output.
 
-    Greedy decoding, sampling and beam search are compared with the model's own forward, which has no cache; then
+    Greedy decoding, sampling and beam search are compared with the same without a cache; then
     a cold with a warm prefix, one chunk of prefill with many, a prompt alone with the same in a batch.
 
     Exit status: 0 if all is equal up to rounding, 1 if a check fails.

@@ -27,8 +27,8 @@ from kvloom.cache import CacheLayout, LayerShape, Store
 from kvloom.errors import ModelError, UnsupportedModel
 from kvloom.models.binding import Regime
 from kvloom.models.identity import Identity, identify
-from kvloom.models.native import NativePath
 from kvloom.models.looking import LOOK, Look, look
+from kvloom.models.native import NativePath
 from kvloom.models.operations import Operation, linear_operations
 from kvloom.models.packed import PackedLinears
 from kvloom.models.packings import choose_packing
@@ -251,7 +251,7 @@ class AttentionInterfaceBinding:
 
     @property
     def bit_identical(self) -> bool:
-        """Whether every operation runs in native kernels."""
+        """Whether every operation runs in native kernels, so that the cache changes no bit of the logits."""
         return self.native is not None and self.native.whole() is not None
 
     @torch.no_grad()

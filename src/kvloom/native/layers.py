@@ -202,6 +202,13 @@ class Scratch:
             }
             self.rows = rows
 
+    def shrink(self, rows: int) -> None:
+        """Give the buffers back if they have room for more than `rows` rows."""
+        if self.rows > rows:
+            self._tensors.clear()
+            self._memory = torch.empty(0, dtype=torch.uint8)
+            self.rows = 0
+
     def memory(self, wanted_bytes: int) -> int:
         """The address of that much memory for attention to work in."""
         if self._memory.numel() < wanted_bytes:
@@ -310,7 +317,7 @@ class NativeLayers:
         assert rows <= self.scratch.rows, "the scratch has room for the rows"
         return _Step(
             **{name: self.scratch[name].data_ptr() for name in (*BUFFERS, *FACTORS)},
-            groups=(_Group * len(groups))(*((own.slots.data_ptr(), own.schedule) for own in groups)),
+            groups=(_Group * len(groups))(*(_Group(own.slots.data_ptr(), own.schedule) for own in groups)),
             memory=memory,
             rows=rows,
             dtype=DTYPES[self._dtype],

@@ -61,7 +61,7 @@ class SlotCopier:
         self._tensors = tensors
         self._arguments = (_Slots * len(tensors))(
             *(
-                (own.data_ptr(), own.shape[0], own.stride(0) * own.element_size(), own.shape[2] * own.element_size())
+                _Slots(own.data_ptr(), own.shape[0], own.stride(0) * own.itemsize, own.shape[2] * own.itemsize)
                 for own in tensors
             )
         )

@@ -32,6 +32,9 @@ from kvloom.native.layers import (
 )
 from kvloom.native.linear import PackedWeight
 
+KEPT_ROWS = 1_024
+"""Rows for which buffers are kept from pass to pass: those of a step. Whole sequences without a cache may be longer."""
+
 WeightOf = Callable[[nn.Linear], PackedWeight | None]
 """The packed weight of a linear layer, as it is now; None if it is not packed."""
 
@@ -88,7 +91,7 @@ class LayerRunner:
         self.scratch.reserve(plan.tokens)
         groups, memory = self._attention_of(plan, list(dict.fromkeys(self._kinds.values())))
         frequencies = rotary.inv_freq.float().contiguous()
-        return self._layers.run_model(
+        logits = self._layers.run_model(
             kept,
             token_ids,
             plan.positions,
@@ -98,6 +101,8 @@ class LayerRunner:
             groups,
             memory,
         )
+        self.scratch.shrink(KEPT_ROWS)
+        return logits
 
     def keys_values(self, store: Store) -> KeysValues:
         """Where the layers keep their keys and values in `store`."""
