@@ -291,8 +291,8 @@ class LanguageModel:
     ) -> Report:
         """Prove on this model that cached output equals uncached output.
 
-        Greedy decoding, sampling and beam search are compared with `use_cache=False`, and that with the model's own forward;
-        then a cold with a warm prefix, one chunk with many, alone with in a ragged batch. The checks run on caches
+        Greedy decoding, sampling and beam search are compared with `use_cache=False`, and that with the model's own
+        forward; then a cold with a warm prefix, one chunk with many, alone with in a ragged batch. The checks run on caches
         of their own, which are freed; contexts and other requests are not touched.
 
         Args:

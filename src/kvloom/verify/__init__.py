@@ -1,7 +1,7 @@
 """Cached output equals uncached output: `verify` proves it on a user's own model.
 
-The reference is the model's own forward pass over whole sequences, in which nothing is ours, or, where every operation is
-native, whole sequences through the same kernels, which are then compared with that forward pass too. Six checks compare
+The reference is the model's own forward pass over whole sequences, in which nothing is ours; or, where every operation
+is native, whole sequences through the same kernels, which are then compared with that forward pass. Six checks compare
 it with the cache, and the cache with itself: cold and warm, whole and in chunks, alone and in a batch.
 """
 
