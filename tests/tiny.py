@@ -22,8 +22,12 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    BartConfig,
     BloomConfig,
     Cohere2Config,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -31,6 +35,7 @@ from transformers import (
     GptOssConfig,
     GraniteConfig,
     LlamaConfig,
+    MarianConfig,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
@@ -41,6 +46,8 @@ from transformers import (
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
+    T5Config,
+    WhisperConfig,
 )
 
 MAX_POSITIONS = 256
@@ -62,6 +69,20 @@ uses the base of 100, until one over fewer than 48 resets it. So compare with `t
 # ---- the families ------------------------------------------------------------------------------------------
 
 _VOCABULARY = {"vocab_size": 131, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+
+# The decoder's first token is none that is ever chosen for another reason.
+_SOURCE_VOCABULARY = _VOCABULARY | {"decoder_start_token_id": 2}
+
+_ENCODER_DECODER_SIZES = {
+    "d_model": 48,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 80,
+    "decoder_ffn_dim": 80,
+    "max_position_embeddings": MAX_POSITIONS,
+}
 
 _SIZES = {
     "hidden_size": 48,
@@ -182,12 +203,51 @@ _FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
         },
     ),
     "bloom": (BloomConfig, _VOCABULARY | {"hidden_size": 48, "n_layer": 3, "n_head": 4}),
+    # Rotary, one KV head; with `alibi=True` its positions are biases.
+    "falcon": (FalconConfig, _VOCABULARY | {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}),
+    "t5": (
+        T5Config,
+        _SOURCE_VOCABULARY
+        | {
+            "d_model": 48,
+            "d_kv": 8,  # heads x size differs from the model's width
+            "d_ff": 80,
+            "num_layers": 2,
+            "num_decoder_layers": 3,
+            "num_heads": 4,
+            "relative_attention_num_buckets": 8,
+            "relative_attention_max_distance": 20,  # beyond it all distances are one
+        },
+    ),
+    "bart": (BartConfig, _SOURCE_VOCABULARY | _ENCODER_DECODER_SIZES | {"forced_eos_token_id": None}),
+    "marian": (
+        MarianConfig,
+        _SOURCE_VOCABULARY | _ENCODER_DECODER_SIZES | {"scale_embedding": True, "forced_eos_token_id": None},
+    ),
+    "whisper": (
+        WhisperConfig,
+        _SOURCE_VOCABULARY
+        | {name: size for name, size in _ENCODER_DECODER_SIZES.items() if name != "max_position_embeddings"}
+        | {
+            "num_mel_bins": 6,
+            "max_source_positions": 20,
+            "max_target_positions": MAX_POSITIONS,
+            "suppress_tokens": None,
+            "begin_suppress_tokens": None,
+        },
+    ),
 }
 
-REFUSED_FAMILIES = ("bloom",)
-"""Models that ignore the attention interface without a word: `attach` must refuse them."""
+OWN_ATTENTION_FAMILIES = ("bloom", "falcon")
+"""Models that ignore the attention interface without a word: they are run on the cache interface."""
 
-SUPPORTED_FAMILIES = tuple(name for name in _FAMILIES if name not in REFUSED_FAMILIES)
+ENCODER_DECODER_FAMILIES = ("t5", "bart", "marian", "whisper")
+"""Models that decode from a source; `whisper` from features."""
+
+SUPPORTED_FAMILIES = tuple(
+    name for name in _FAMILIES if name not in (*OWN_ATTENTION_FAMILIES, *ENCODER_DECODER_FAMILIES)
+)
+"""Causal models that go through the attention interface."""
 
 WINDOWED_FAMILIES = ("mistral", "gemma2", "gemma3", "gpt_oss", "cohere2")
 """Families with layers that see `WINDOW_TOKENS` tokens; all but mistral mix them with full layers."""
@@ -233,9 +293,23 @@ def tiny_model(
     config = tiny_config(family, **changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+        model = _auto_class(family).from_config(config, attn_implementation=attn_implementation)
         _draw_weights(model)
     return model.to(dtype).eval().requires_grad_(False)
+
+
+def _auto_class(family: str) -> Any:
+    if family not in ENCODER_DECODER_FAMILIES:
+        return AutoModelForCausalLM
+    return AutoModelForSpeechSeq2Seq if family == "whisper" else AutoModelForSeq2SeqLM
+
+
+def random_source(model: PreTrainedModel, *, tokens: int, seed: int = 0) -> Any:
+    """What an encoder reads: `tokens` random ids, or features, which always have the length that the model wants."""
+    if model.main_input_name == "input_ids":
+        return random_ids(model, tokens=tokens, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(model.config.num_mel_bins, 2 * model.config.max_source_positions, generator=generator)
 
 
 def random_ids(model: PreTrainedModel, *, tokens: int, seed: int = 0) -> list[int]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from kvloom.context import Context
     from kvloom.engine import Usage
     from kvloom.model import LanguageModel
+    from kvloom.models import PagedCache
     from kvloom.planning import MemoryPlan, plan
     from kvloom.results import Extended, Generation, Hypotheses, Piece
     from kvloom.scoring import Score, Scores
@@ -51,6 +52,7 @@ __all__ = [
     "LanguageModel",
     "LastQuery",
     "MemoryPlan",
+    "PagedCache",
     "Piece",
     "Report",
     "Score",
@@ -79,6 +81,7 @@ _LATE = {
     "LanguageModel": "model",
     "LastQuery": "cache.retention",
     "MemoryPlan": "planning",
+    "PagedCache": "models",
     "Piece": "results",
     "Report": "verify",
     "Score": "scoring",

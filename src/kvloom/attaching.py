@@ -11,10 +11,11 @@ from transformers import GenerationConfig, PreTrainedModel
 from kvloom.cache.retention import Retention, TopBlocks
 from kvloom.engine import Engine
 from kvloom.engine.retaining import check_policy, settle
-from kvloom.errors import InvalidRequest, KVLoomError, UnsupportedModel
+from kvloom.errors import InvalidRequest, UnsupportedModel
 from kvloom.loading import check_tokenizer, load_pretrained
 from kvloom.model import LanguageModel
-from kvloom.models import AttentionInterfaceBinding, Binding, CallableBinding
+from kvloom.models import Binding, CachedCallableBinding, CallableBinding, HostedModel, bind
+from kvloom.models.cached_callable import speaks_cache_protocol
 from kvloom.models.selfcheck import prove
 
 
@@ -74,8 +75,10 @@ def attach(
     """Decode a model that you hold. The model stays yours: your own calls of it give what they gave before.
 
     Args:
-        model: a causal language model of transformers, or any callable f(token_ids[B, S]) -> logits[B, S, V],
-            which is decoded without a cache.
+        model: a language model of transformers, causal or encoder-decoder; a callable f(token_ids[B, S],
+            past_key_values=..., use_cache=True) that returns `.logits` and `.past_key_values`; or any callable
+            f(token_ids[B, S]) -> logits[B, S, V], which is decoded without a cache. `lm.binding.name` says how it was
+            attached, and `lm.binding.reason` why not faster.
         tokenizer: needed for text prompts and for text results.
         vocab_size, max_tokens, device: of a callable; a model knows its own.
         budget_bytes, block_tokens, retention, threads: as for `load`.
@@ -128,21 +131,17 @@ def _bind(
         raise UnsupportedModel(f"a {type(model).__name__} is neither a transformers model nor callable.")
     if exclusive:
         raise InvalidRequest("`exclusive` is for transformers models; the weights of a callable cannot be seen.")
+    if speaks_cache_protocol(model):
+        cached = CachedCallableBinding(model, vocab_size=vocab_size, max_tokens=max_tokens, device=device or "cpu")
+        prove(cached)
+        return cached
     if vocab_size is None:
         raise InvalidRequest("a callable f(token_ids) -> logits needs `vocab_size`.")
     return CallableBinding(model, vocab_size=vocab_size, max_tokens=max_tokens, device=device or "cpu")
 
 
-def _bind_transformers(model: PreTrainedModel, *, exclusive: bool) -> AttentionInterfaceBinding:
-    try:
-        binding = AttentionInterfaceBinding(model)
-        prove(binding)
-    except KVLoomError:
-        raise
-    except Exception as error:
-        raise UnsupportedModel(
-            f"{type(model).__name__} cannot be run on the cache: {type(error).__name__}: {error}"
-        ) from error
+def _bind_transformers(model: PreTrainedModel, *, exclusive: bool) -> HostedModel:
+    binding = bind(model)
     binding.pack(exclusive=exclusive)
     return binding
 

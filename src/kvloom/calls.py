@@ -17,9 +17,17 @@ from kvloom.engine.retaining import check_policy, settle
 from kvloom.errors import InvalidRequest, PromptTooLong
 from kvloom.prompts import read_prompts
 from kvloom.results import Generation, Hypotheses
+from kvloom.sources import Prompt, Start, read_sourced, target_side
 from kvloom.text import decode_new, token_strings
 
-OWN_OPTIONS = ("retention", "context", "generation_config", "logits_processor", "stopping_criteria")
+OWN_OPTIONS = (
+    "retention",
+    "context",
+    "decoder_input_ids",
+    "generation_config",
+    "logits_processor",
+    "stopping_criteria",
+)
 
 
 class Unset:
@@ -42,6 +50,7 @@ class Asked:
     stopping_criteria: Iterable[StoppingCriteria] | None
     options: dict[str, Any]
     retention: Retention | Unset | None = UNSET
+    decoder_input_ids: Any = None
 
 
 class Calls:
@@ -80,9 +89,9 @@ class Calls:
             else self._engine.binding.max_tokens,
             known=OWN_OPTIONS,
         )
-        self.policy(asked.retention, asked.context, use_cache=options.use_cache)
-        token_ids, several = self._whole_prompts(prompt, asked.context)
-        return [self._request(own, options, asked, policy) for own in token_ids], several
+        policy = self.policy(asked.retention, asked.context, use_cache=options.use_cache)
+        prompts, several = self.prompts(prompt, asked.context, asked.decoder_input_ids, options)
+        return [self._request(own, options, asked, policy) for own in prompts], several
 
     def policy(
         self, asked: Retention | Unset | None, context: Context | None, *, use_cache: bool = True
@@ -106,18 +115,32 @@ class Calls:
             )
         return policy
 
-    def _whole_prompts(self, prompt: Any, context: Context | None) -> tuple[list[list[int]], bool]:
-        """Token ids of each prompt, the context's included."""
+    def prompts(
+        self, prompt: Any, context: Context | None, decoder_input_ids: Any, options: Options | None = None
+    ) -> tuple[list[Prompt], bool]:
+        """Each prompt, the context's tokens included, and whether several were passed.
+
+        Args:
+            prompt: what continues a context; without one, the source of an encoder-decoder model.
+            decoder_input_ids: what such a model's sequences begin with.
+            options: by default the model's own.
+        """
         check_context(context)
+        binding = self._engine.binding
+        if decoder_input_ids is not None and (binding.encoder is None or context is not None):
+            what = "a context has begun already" if context is not None else "only encoder-decoder models have them"
+            raise InvalidRequest(f"`decoder_input_ids` cannot be taken: {what}. Pass the tokens as the prompt.")
+        if context is None and binding.encoder is not None:
+            start = Start(decoder_input_ids, self._start_tokens(options))
+            return read_sourced(prompt, self._tokenizer, binding, start)
+        before, source = ((), None) if context is None else (context.token_ids, context.source)
         if context is not None:
             context.tables_for(self._engine)
             if prompt is None:
-                return [list(context.token_ids)], False
-        read = read_prompts(
-            prompt, self._tokenizer, vocab_size=self._engine.binding.vocab_size, continues=context is not None
-        )
-        before = () if context is None else context.token_ids
-        return [[*before, *own] for own in read.token_ids], read.several
+                return [Prompt(list(before), source)], False
+        tokenizer = target_side(self._tokenizer, binding)
+        read = read_prompts(prompt, tokenizer, vocab_size=binding.vocab_size, continues=context is not None)
+        return [Prompt(own, source).behind(before) for own in read.token_ids], read.several
 
     def settled(self, policy: Retention | None, *, prompt_tokens: int, new_tokens: int) -> Retention | None:
         """The policy as one request applies it; raises `InvalidRequest` if the request does not fit the model."""
@@ -128,7 +151,33 @@ class Calls:
         layout = None if cache is None else cache.layout
         return settle(policy, binding, layout, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
 
-    def _request(self, prompt_ids: list[int], options: Options, asked: Asked, policy: Retention | None) -> Request:
+    def prompt(self, prompt: Any, context: Context | None, decoder_input_ids: Any = None) -> Prompt:
+        """A single prompt, the context's tokens included."""
+        if prompt is None:
+            raise InvalidRequest("there is no prompt. Pass text or token ids.")
+        read, several = self.prompts(prompt, context, decoder_input_ids)
+        if several:
+            raise InvalidRequest("this call takes a single prompt, and got a list of prompts.")
+        return read[0]
+
+    def prompt_to_score(self, prompt: Any, context: Context | None, decoder_input_ids: Any) -> Prompt:
+        """The same, where a context alone will do."""
+        if prompt is None and context is None:
+            raise InvalidRequest("there is nothing to continue. Pass `prompt`, `context` or both.")
+        if prompt is None:
+            return self.prompts(None, context, decoder_input_ids)[0][0]
+        return self.prompt(prompt, context, decoder_input_ids)
+
+    def _start_tokens(self, options: Options | None) -> tuple[int, ...]:
+        """The decoder's start token: transformers takes BOS where none is set."""
+        if options is None:
+            options = resolve(self._generation_config, None, {})
+        if options.decoder_start_token_id:
+            return options.decoder_start_token_id
+        return () if options.bos_token_id is None else (options.bos_token_id,)
+
+    def _request(self, prompt: Prompt, options: Options, asked: Asked, policy: Retention | None) -> Request:
+        prompt_ids = prompt.token_ids
         new_tokens = options.lengths(len(prompt_ids)).new_tokens
         retention = self.settled(policy, prompt_tokens=len(prompt_ids), new_tokens=new_tokens)
         decoder = make_decoder(
@@ -139,6 +188,7 @@ class Calls:
             tokenizer=self._tokenizer,
             logits_processor=asked.logits_processor,
             stopping_criteria=asked.stopping_criteria,
+            encoder_ids=_encoder_ids(prompt, options),
         )
         return Request(
             prompt_ids=prompt_ids,
@@ -150,6 +200,7 @@ class Calls:
             context_owner=asked.context,
             retention=retention,
             keep_tables=options.num_beams == 1,
+            source=prompt.source,
         )
 
     def submit(self, requests: list[Request]) -> None:
@@ -188,12 +239,25 @@ class Calls:
             finish_reason=own.finish_reason,
             score=own.score,
             usage=usage,
-            _make_context=lambda: Context(self._engine, token_ids, holding, request.retention),
+            _make_context=lambda: Context(self._engine, token_ids, holding, request.retention, source=request.source),
         )
         if holding is not None:
             # A context that was asked for keeps the tables itself.
             result.when_dropped(self._engine.release_unclaimed, holding)
         return result
+
+
+def _encoder_ids(prompt: Prompt, options: Options) -> list[int] | None:
+    """What the processors that look at the encoder's input are given."""
+    if prompt.source is None:
+        return None
+    asked = options.encoder_repetition_penalty != 1.0 or options.encoder_no_repeat_ngram_size
+    if prompt.source.token_ids is None and asked:
+        raise InvalidRequest(
+            "`encoder_repetition_penalty` and `encoder_no_repeat_ngram_size` look at the source's tokens, of which "
+            "features have none."
+        )
+    return None if prompt.source.token_ids is None else list(prompt.source.token_ids)
 
 
 def check_length(limit: int | None, prompt_tokens: int, new_tokens: int) -> None:

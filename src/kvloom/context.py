@@ -10,6 +10,7 @@ from kvloom.cache.retention import Retention
 from kvloom.engine import Engine
 from kvloom.engine.holding import Holding
 from kvloom.errors import ContextClosed, InvalidRequest
+from kvloom.models import Source
 
 
 class Context:
@@ -24,8 +25,15 @@ class Context:
     """
 
     def __init__(
-        self, engine: Engine, token_ids: Sequence[int], holding: Holding | None, retention: Retention | None = None
+        self,
+        engine: Engine,
+        token_ids: Sequence[int],
+        holding: Holding | None,
+        retention: Retention | None = None,
+        *,
+        source: Source | None = None,
     ) -> None:
+        self.source = source
         self.token_ids = tuple(token_ids)
         self.retention = retention
         self._engine = engine
@@ -80,10 +88,15 @@ class Context:
         computed before it is written. A file that is there already is replaced once the new one is complete.
 
         Raises:
-            InvalidRequest: there is no such folder, the model keeps no keys and values (a callable), or the context is
-                under a retention policy.
+            InvalidRequest: there is no such folder, the model keeps no keys and values (a callable), the context is
+                under a retention policy, or it decodes from a source.
             ContextClosed: the context was closed. An `OSError` (no space, no permission) passes through.
         """
+        if self.source is not None:
+            raise InvalidRequest(
+                "the context of an encoder-decoder model cannot be saved: a snapshot holds no source. Keep the source "
+                "and the token ids, and prefill them again."
+            )
         if self.retention is not None:
             raise InvalidRequest(
                 f"a context under {type(self.retention).__name__} cannot be saved: a file holds what full attention "
@@ -107,9 +120,8 @@ class Context:
 
     def _cut(self, tokens: int) -> Context:
         holding = self.tables_for(self._engine)
-        return Context(
-            self._engine, self.token_ids[:tokens], self._engine.fork_holding(holding, tokens), self.retention
-        )
+        forked = self._engine.fork_holding(holding, tokens)
+        return Context(self._engine, self.token_ids[:tokens], forked, self.retention, source=self.source)
 
     def __enter__(self) -> Context:
         return self

@@ -69,6 +69,8 @@ class Conversation:
     def __post_init__(self) -> None:
         if self.lm.tokenizer is None:
             raise InvalidRequest("a conversation is text, and this model has no tokenizer.")
+        if self.lm.binding.encoder is not None:
+            raise InvalidRequest("a conversation goes on; an encoder-decoder model decodes from one source each time.")
         if self.system is not None and not self.has_template:
             raise InvalidRequest("this model has no chat template, so there is no place for a system message.")
 

@@ -17,11 +17,16 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from kvloom.decoding.notices import warn
 from kvloom.errors import CorruptCheckpoint, InvalidRequest, ModelNotFound, TokenizerMismatch, UnsupportedModel
+from kvloom.models.weightless import auto_class
 
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.tiktoken", "spiece.model", "sentencepiece*")
 
@@ -153,7 +158,7 @@ def _read_config(source: Path | str) -> Any:
 def _read_weights(source: Path | str, config: Any, dtype: torch.dtype | str) -> PreTrainedModel:
     try:
         with _quiet(local=isinstance(source, Path)):
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = auto_class(config).from_pretrained(
                 source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
             )
     except (SafetensorError, RuntimeError, EOFError) as error:
@@ -161,7 +166,7 @@ def _read_weights(source: Path | str, config: Any, dtype: torch.dtype | str) -> 
     except OSError as error:
         raise CorruptCheckpoint(f"`{source}` holds no complete set of weights: {_first_line(error)}") from error
     except (ValueError, KeyError) as error:
-        raise UnsupportedModel(f"`{source}` is not a causal language model: {_first_line(error)}") from error
+        raise UnsupportedModel(f"`{source}` is no language model that can be decoded: {_first_line(error)}") from error
     for name, found, expected in sorted(report["mismatched_keys"]):
         raise CorruptCheckpoint(
             f"`{name}` in the checkpoint `{source}` has the shape {list(found)}, but by its config {list(expected)}."

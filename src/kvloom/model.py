@@ -20,6 +20,7 @@ from kvloom.planning import MemoryPlan, plan_for
 from kvloom.prompts import read_prompt
 from kvloom.results import Extended
 from kvloom.scoring import Normalize, Scores, score
+from kvloom.sources import Prompt
 from kvloom.stream import Stream
 from kvloom.verify import Report
 from kvloom.verify import verify as run_checks
@@ -76,6 +77,7 @@ class LanguageModel:
         prompt: Any = None,
         *,
         context: Context | None = None,
+        decoder_input_ids: Any = None,
         generation_config: GenerationConfig | None = None,
         logits_processor: Iterable[LogitsProcessor] | None = None,
         stopping_criteria: Iterable[StoppingCriteria] | None = None,
@@ -87,9 +89,14 @@ class LanguageModel:
         Args:
             prompt: text, token ids (a list, or a tensor of shape [tokens] or [1, tokens]), or a list of
                 prompts. May be left out if there is a context.
+                Of an encoder-decoder model it is the source, which the encoder reads once: text, token ids, or
+                features (a float tensor); behind a context, what continues the decoder's sequence.
             context: what the prompts continue.
             retention: a policy that lets go of tokens, such as `kvloom.SinkWindow()`, which changes the output; None
                 for none. By default the context's, or that of `load` and `attach`.
+            decoder_input_ids: of an encoder-decoder model, what the decoder's sequence begins with: token ids, or a
+                list of them for each source. By default the start token (`decoder_start_token_id`), which is put before
+                ids that do not begin with it, except for Whisper.
             options: see the class.
 
         Returns:
@@ -100,7 +107,9 @@ class LanguageModel:
             InvalidRequest, CacheFull: before anything is computed. A logits processor's own exception passes
             through. Nothing is leaked in either case.
         """
-        asked = Asked(context, generation_config, logits_processor, stopping_criteria, options, retention)
+        asked = Asked(
+            context, generation_config, logits_processor, stopping_criteria, options, retention, decoder_input_ids
+        )
         results, several = self._calls.decode(prompt, asked)
         shaped = [own[0] if len(own) == 1 else own for own in results]
         return shaped if several else shaped[0]
@@ -111,6 +120,7 @@ class LanguageModel:
         *,
         num_beams: int = 4,
         context: Context | None = None,
+        decoder_input_ids: Any = None,
         generation_config: GenerationConfig | None = None,
         logits_processor: Iterable[LogitsProcessor] | None = None,
         stopping_criteria: Iterable[StoppingCriteria] | None = None,
@@ -125,7 +135,9 @@ class LanguageModel:
             `Hypotheses`, `num_return_sequences` of them; a list of these for a list of prompts.
         """
         options = {**options, "num_beams": num_beams}
-        asked = Asked(context, generation_config, logits_processor, stopping_criteria, options, retention)
+        asked = Asked(
+            context, generation_config, logits_processor, stopping_criteria, options, retention, decoder_input_ids
+        )
         results, several = self._calls.decode(prompt, asked)
         return results if several else results[0]
 
@@ -134,6 +146,7 @@ class LanguageModel:
         prompt: Any = None,
         *,
         context: Context | None = None,
+        decoder_input_ids: Any = None,
         generation_config: GenerationConfig | None = None,
         logits_processor: Iterable[LogitsProcessor] | None = None,
         stopping_criteria: Iterable[StoppingCriteria] | None = None,
@@ -146,7 +159,9 @@ class LanguageModel:
             a `Stream`: iterate over its pieces, whose texts joined are the text that `generate` returns. Its
             `result` is the `Generation`, once it is exhausted. Closing it early frees what it held.
         """
-        asked = Asked(context, generation_config, logits_processor, stopping_criteria, options, retention)
+        asked = Asked(
+            context, generation_config, logits_processor, stopping_criteria, options, retention, decoder_input_ids
+        )
         requests, several = self._calls.requests(prompt, asked)
         if several or requests[0].max_rows > 1:
             raise InvalidRequest("a stream has one prompt and one sequence: beams and batches use generate().")
@@ -156,19 +171,24 @@ class LanguageModel:
     # ---- contexts ------------------------------------------------------------------------------------------
 
     def prefill(
-        self, prompt: Any, *, context: Context | None = None, retention: Retention | Unset | None = UNSET
+        self,
+        prompt: Any,
+        *,
+        context: Context | None = None,
+        decoder_input_ids: Any = None,
+        retention: Retention | Unset | None = UNSET,
     ) -> Context:
         """Compute a prompt once, to continue it any number of times.
 
         Args:
-            prompt: text or token ids.
+            prompt: text or token ids; of an encoder-decoder model, the source.
             context: what the prompt continues; unchanged.
+            decoder_input_ids: as for `generate`.
             retention: the policy that the context, and what continues it, is under; as for `generate`.
         """
-        check_context(context)
-        new_ids = read_prompt(prompt, self.tokenizer, vocab_size=self.vocab_size, continues=context is not None)
         policy = self._calls.policy(retention, context)
-        return self._extended(context, new_ids, all_logits=False, policy=policy)[1]
+        whole = self._calls.prompt(prompt, context, decoder_input_ids)
+        return self._extended(context, whole, all_logits=False, policy=policy)[1]
 
     def extend(self, context: Context | None, token_ids: Any, *, start: int | None = None) -> Extended:
         """The hand-driven cache: run the new tokens of a sequence, and only these.
@@ -189,7 +209,13 @@ class LanguageModel:
         new_ids = read_prompt(token_ids, None, vocab_size=self.vocab_size)
         _check_continuation(context, new_ids, start)
         policy = self._calls.policy(UNSET, context)
-        logits, extended = self._extended(context, new_ids, all_logits=True, policy=policy)
+        if self.binding.encoder is not None and context is None:
+            raise InvalidRequest(
+                "an encoder-decoder model decodes from a source: begin with `context = lm.prefill(source)`, and extend "
+                "that."
+            )
+        whole = self._calls.prompt(new_ids, context)
+        logits, extended = self._extended(context, whole, all_logits=True, policy=policy)
         return Extended(logits, extended)
 
     def restore(self, path: str | os.PathLike[str]) -> Context:
@@ -212,6 +238,7 @@ class LanguageModel:
         *,
         prompt: Any = None,
         context: Context | None = None,
+        decoder_input_ids: Any = None,
         normalize: Normalize = "none",
         use_cache: bool = True,
     ) -> Scores:
@@ -225,8 +252,10 @@ class LanguageModel:
             continuations: a list; each is text, or token ids (a list, or a tensor of shape [n] or [1, n]), with or
                 without an EOS token at the end. Text is tokenized as it stands behind the prompt, so it mostly begins
                 with a space. None may be empty.
-            prompt: text or token ids; may be left out if there is a context.
+            prompt: text or token ids; may be left out if there is a context. Of an encoder-decoder model it is the
+                source, and continuations are what its decoder may write.
             context: what the prompt continues; unchanged.
+            decoder_input_ids: as for `generate`.
             normalize: what `Score.score` is: "none", the sum of log-probabilities; "tokens" or "bytes", the same
                 divided by the number of tokens, or of bytes of UTF-8.
             use_cache: False computes the whole sequence anew for each continuation.
@@ -249,7 +278,7 @@ class LanguageModel:
             self.tokenizer,
             continuations,
             calls=self._calls,
-            prompt=prompt,
+            read=lambda: self._calls.prompt_to_score(prompt, context, decoder_input_ids),
             context=context,
             normalize=normalize,
             use_cache=use_cache,
@@ -260,6 +289,8 @@ class LanguageModel:
 
         Args:
             prompt_tokens: length of each prompt; by default 4,096, or what the model's context leaves.
+            source_tokens: of an encoder-decoder model, length of each source; by default 512, or what its encoder
+                reads. Its prompts are those of the decoder, by default one token.
             max_new_tokens: new tokens of each sequence; by default 256, or what the context leaves. 0 plans a context.
             num_beams: sequences that share each prompt in a beam search; by default 1.
             num_return_sequences: of the beams; without beams, samples that share each prompt. By default 1.
@@ -292,8 +323,8 @@ class LanguageModel:
         """Prove on this model that cached output equals uncached output.
 
         Greedy decoding, sampling and beam search are compared with `use_cache=False`, and that with the model's own
-        forward; then a cold with a warm prefix, one chunk with many, alone with in a ragged batch. The checks run on caches
-        of their own, which are freed; contexts and other requests are not touched.
+        forward; then a cold with a warm prefix, one chunk with many, alone with in a ragged batch. The checks run on
+        caches of their own, which are freed; contexts and other requests are not touched.
 
         Args:
             prompts: a prompt or a list of prompts; by default three short ones that fit the model's context.
@@ -325,23 +356,24 @@ class LanguageModel:
     # ---- inside --------------------------------------------------------------------------------------------
 
     def _extended(
-        self, context: Context | None, new_ids: list[int], *, all_logits: bool, policy: Retention | None
+        self, context: Context | None, whole: Prompt, *, all_logits: bool, policy: Retention | None
     ) -> tuple[Tensor, Context]:
-        """Run `new_ids` behind a context; logits of these tokens, and the longer context."""
+        """Run a prompt that begins with a context's tokens; logits of the new tokens, and the longer context."""
         holding = None if context is None else context.tables_for(self.engine)
-        token_ids = [*(() if context is None else context.token_ids), *new_ids]
+        token_ids, source = whole.token_ids, whole.source
+        new = len(token_ids) - (0 if context is None else context.tokens)
         if policy is None and self.max_tokens is not None and len(token_ids) > self.max_tokens:
             raise PromptTooLong(
                 f"{len(token_ids):,} tokens exceed the model's context of {self.max_tokens:,}. Shorten them."
             )
         settled = self._calls.settled(policy, prompt_tokens=len(token_ids), new_tokens=0)
         if self.engine.cache is None:
-            logits = self._uncached_logits(token_ids, len(new_ids)) if all_logits else torch.empty(0)
+            logits = self._uncached_logits(token_ids, new) if all_logits else torch.empty(0)
             return logits, Context(self.engine, token_ids, None)
         logits, extended = self.engine.compute(
-            token_ids, context=holding, logits_of=len(new_ids) if all_logits else 1, retention=settled
+            token_ids, context=holding, logits_of=new if all_logits else 1, source=source, retention=settled
         )
-        return logits, Context(self.engine, token_ids, extended, settled)
+        return logits, Context(self.engine, token_ids, extended, settled, source=source)
 
     def _uncached_logits(self, token_ids: list[int], last: int) -> Tensor:
         whole = torch.tensor([token_ids], device=self.binding.device)

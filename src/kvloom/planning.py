@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,20 @@ from kvloom.calls import check_length
 from kvloom.engine import Engine
 from kvloom.engine.engine import STEP_TOKENS
 from kvloom.engine.footprint import product_bytes, resident_bytes, warm_up
-from kvloom.engine.planner import default_budget_bytes, request_blocks, worst_case_blocks
+from kvloom.engine.planner import default_budget_bytes, longest_kept, request_blocks, worst_case_blocks
 from kvloom.engine.rehearsal import step_bytes
 from kvloom.engine.retaining import check_policy
 from kvloom.errors import CacheFull, InvalidRequest, UnknownOption, UnsupportedModel, UnsupportedOption
 from kvloom.loading import load_config, read_dtype
-from kvloom.models import AttentionInterfaceBinding, Binding
+from kvloom.models import Binding, HostedModel, Source
+from kvloom.models.encoder import Encoder
 from kvloom.models.packed import packable
 from kvloom.models.packings import choose_packing
 from kvloom.models.selfcheck import check_bytes
 from kvloom.models.weightless import Weightless, build_weightless
 
 DEFAULT_PROMPT_TOKENS = 4_096
+DEFAULT_SOURCE_TOKENS = 512
 DEFAULT_NEW_TOKENS = 256
 CURVE_POINTS = 64
 
@@ -43,6 +45,7 @@ ONE_VALUE_ONLY = {
 }
 OPTIONS = (
     "prompt_tokens",
+    "source_tokens",
     "max_new_tokens",
     "num_beams",
     "num_return_sequences",
@@ -108,6 +111,7 @@ class MemoryPlan:
         model, dtype: what was planned for.
         max_tokens: the model's context; None if it states none.
         prompt_tokens, max_new_tokens, num_beams, num_return_sequences, batch: of the request; `batch` prompts.
+        source_tokens: length of each source, of an encoder-decoder model, whose prompts are its decoder's; else 0.
         rows: sequences that each prompt fans out to.
         retention: the policy that the sequences are under; None without one.
         layout: what each layer keeps, and the block size.
@@ -150,6 +154,7 @@ class MemoryPlan:
     check_bytes: int
     products_bytes: tuple[int, int]
     baseline_bytes: int | None
+    source_tokens: int = 0
     _blocks_at: Callable[[int, bool], tuple[int, ...]] = field(repr=False, compare=False)
 
     @property
@@ -224,7 +229,16 @@ class MemoryPlan:
     def to_dict(self) -> dict[str, Any]:
         """For JSON: sizes in bytes, lengths in tokens."""
         computed = ("cache_bytes", "apart_bytes", "allocated_bytes", "needed_budget_bytes", "fits")
-        plain = ("max_tokens", "prompt_tokens", "max_new_tokens", "num_beams", "num_return_sequences", "batch", "rows")
+        plain = (
+            "max_tokens",
+            "prompt_tokens",
+            "source_tokens",
+            "max_new_tokens",
+            "num_beams",
+            "num_return_sequences",
+            "batch",
+            "rows",
+        )
         budget = ("budget_bytes", "budget_is_default", "pool_blocks", "requests_at_once")
         lengths = ("longest_sequence", "longest_prompt")
         process = ("scratch_bytes", "check_bytes", "products_bytes", "baseline_bytes")
@@ -290,7 +304,7 @@ def plan(
 def plan_for(engine: Engine, options: dict[str, Any]) -> MemoryPlan:
     """Plan a batch of requests on a model that is loaded; see `LanguageModel.plan`."""
     binding = engine.binding
-    if not isinstance(binding, AttentionInterfaceBinding) or engine.cache is None:
+    if not isinstance(binding, HostedModel) or engine.cache is None:
         raise InvalidRequest("this model keeps no cache: each step computes whole sequences, so there is none to plan.")
     if options.get("dtype") is not None:
         raise InvalidRequest(f"the model is loaded in {binding.dtype}; kvloom.plan() plans it in another dtype.")
@@ -326,7 +340,7 @@ def count_weights(model: PreTrainedModel, *, checkpoint_dtype: torch.dtype | Non
     )
 
 
-def _held_bytes(binding: AttentionInterfaceBinding) -> int:
+def _held_bytes(binding: HostedModel) -> int:
     """Bytes of the weights that a loaded model holds in memory."""
     tensors = [*binding.model.parameters(), *binding.model.buffers()]
     plain: int = sum(tensor.nbytes for tensor in tensors if tensor.device.type != "meta")
@@ -338,6 +352,7 @@ class _Request:
     """The options of a plan, checked; lengths that were left out are chosen when the model's context is known."""
 
     prompt_tokens: int | None
+    source_tokens: int | None
     max_new_tokens: int | None
     num_beams: int
     num_return_sequences: int
@@ -365,6 +380,7 @@ class _Request:
             raise InvalidRequest(f"`num_return_sequences={returned}` exceeds `num_beams={beams}`. Raise `num_beams`.")
         return cls(
             prompt_tokens=given.get("prompt_tokens"),
+            source_tokens=given.get("source_tokens"),
             max_new_tokens=given.get("max_new_tokens"),
             num_beams=beams,
             num_return_sequences=returned,
@@ -374,8 +390,10 @@ class _Request:
             retention=retention,
         )
 
-    def lengths(self, limit: int | None) -> tuple[int, int]:
-        """Prompt and new tokens, within the model's context."""
+    def lengths(self, limit: int | None, encoder: Encoder | None) -> tuple[int, int]:
+        """Prompt and new tokens, within the model's context. A decoder's prompt is its start token."""
+        if encoder is not None and self.prompt_tokens is None:
+            return replace(self, prompt_tokens=1).lengths(limit, encoder)
         new = self.max_new_tokens
         if new is None:
             # Half of a short context, or what the prompt leaves of it.
@@ -388,6 +406,21 @@ class _Request:
         if prompt + new == 0:
             raise InvalidRequest("`prompt_tokens` and `max_new_tokens` are both 0, so there is nothing to plan.")
         return prompt, new
+
+
+def _source(request: _Request, encoder: Encoder | None) -> Source | None:
+    """A source as long as was asked for; features are as long as they must be."""
+    if encoder is None:
+        if request.source_tokens is not None:
+            raise InvalidRequest("`source_tokens` is for encoder-decoder models; this model has no encoder.")
+        return None
+    longest = encoder.max_tokens
+    tokens = request.source_tokens
+    if tokens is None:
+        tokens = DEFAULT_SOURCE_TOKENS if longest is None else min(DEFAULT_SOURCE_TOKENS, longest)
+    if encoder.reads_features and request.source_tokens not in (None, longest):
+        raise InvalidRequest(f"this model's sources are always {longest:,} positions long.")
+    return encoder.random_source(torch.Generator().manual_seed(0), tokens=tokens)
 
 
 def _plan(
@@ -409,39 +442,31 @@ def _plan(
         block_bounds=isinstance(policy, TopBlocks),
     )
     limit = None if policy is not None and policy.reindexes else binding.max_tokens
-    prompt, new = request.lengths(limit)
+    source = _source(request, binding.encoder)
+    source_tokens = 0 if source is None else source.tokens
+    prompt, new = request.lengths(limit, binding.encoder)
     if policy is not None:
         policy.check(prompt_tokens=prompt, block_tokens=layout.block_tokens)
     rows = max(request.num_beams, request.num_return_sequences)
 
     def blocks_at(tokens: int, apart: bool) -> tuple[int, ...]:
         """Blocks of the whole batch."""
-        if apart:
-            own = worst_case_blocks(
-                layout,
-                prompt_tokens=tokens,
-                new_tokens=new,
-                rows=rows,
-                step_tokens=step_tokens,
-                shares_prompt=False,
-                retention=policy,
-            )
-        else:
-            own = request_blocks(
-                binding,
-                layout,
-                prompt_tokens=tokens,
-                new_tokens=new,
-                rows=rows,
-                step_tokens=step_tokens,
-                retention=policy,
-            )
-        return tuple(request.batch * blocks for blocks in own)
+        own = request_blocks(
+            binding,
+            layout,
+            prompt_tokens=tokens,
+            new_tokens=new,
+            rows=1 if apart else rows,
+            step_tokens=step_tokens,
+            source_tokens=source_tokens,
+            retention=policy,
+        )
+        return tuple(request.batch * (rows if apart else 1) * blocks for blocks in own)
 
     budget = request.budget_bytes or budget_bytes
     if budget is None:
         budget = default_budget_bytes(
-            layout, max_tokens=binding.max_tokens, device=binding.device, taken_bytes=weights.load_bytes
+            layout, max_tokens=longest_kept(binding), device=binding.device, taken_bytes=weights.load_bytes
         )
     pool = _pool_blocks(layout, budget)
     need, apart = blocks_at(prompt, False), blocks_at(prompt, True)
@@ -454,6 +479,7 @@ def _plan(
         num_beams=request.num_beams,
         num_return_sequences=request.num_return_sequences,
         batch=request.batch,
+        source_tokens=source_tokens,
         rows=rows,
         retention=policy,
         layout=layout,
@@ -482,6 +508,7 @@ def _plan(
             rows=rows,
             batch=request.batch,
             step_tokens=step_tokens,
+            source=source,
         ),
         check_bytes=check_bytes(weightless.binding),
         products_bytes=product_bytes(weightless.binding.model, choose_packing()),

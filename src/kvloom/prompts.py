@@ -32,7 +32,7 @@ def read_prompts(prompt: Any, tokenizer: Any, *, vocab_size: int, continues: boo
     Raises:
         EmptyPrompt, InvalidTokens, InvalidRequest: with what was wrong, and in which prompt.
     """
-    if _is_list_of_prompts(prompt):
+    if is_list_of_prompts(prompt):
         if not prompt:
             raise EmptyPrompt("the list of prompts is empty.")
         return Prompts(
@@ -68,7 +68,8 @@ def read_token_ids(token_ids: Sequence[Any], vocab_size: int) -> list[int]:
     return [int(token) for token in token_ids]
 
 
-def _is_list_of_prompts(prompt: Any) -> bool:
+def is_list_of_prompts(prompt: Any) -> bool:
+    """Whether what was passed is several prompts."""
     if isinstance(prompt, (str, bytes, bytearray, Tensor, np.ndarray)) or not isinstance(prompt, Sequence):
         return False
     # An empty list is an empty prompt: read_prompt says so.

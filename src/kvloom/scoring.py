@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -13,6 +13,7 @@ from kvloom.context import Context
 from kvloom.engine import Engine, Usage
 from kvloom.errors import EmptyPrompt, InvalidRequest, PromptTooLong
 from kvloom.prompts import read_prompt, read_token_ids
+from kvloom.sources import Prompt, target_side
 from kvloom.text import Seam, decode_new, encode_continuation
 
 Normalize = Literal["none", "tokens", "bytes"]
@@ -76,18 +77,20 @@ def score(
     continuations: Any,
     *,
     calls: Calls,
-    prompt: Any,
+    read: Callable[[], Prompt],
     context: Context | None,
     normalize: Normalize,
     use_cache: bool,
 ) -> Scores:
-    """See `LanguageModel.score`."""
+    """See `LanguageModel.score`. `read` gives the prompt, the context's tokens included."""
     if normalize not in get_args(Normalize):
         raise InvalidRequest(f"`normalize={normalize}` is not known; there are {', '.join(get_args(Normalize))}.")
-    prompt_ids = _read_whole_prompt(engine, tokenizer, prompt, context)
+    prompt = read()
+    prompt_ids = prompt.token_ids
     policy = calls.policy(UNSET, context, use_cache=use_cache)
     limit = None if policy is not None and policy.reindexes else engine.binding.max_tokens
-    token_ids = _Reader(engine, tokenizer, prompt_ids, max_tokens=limit).read_all(continuations)
+    reader = _Reader(engine, target_side(tokenizer, engine.binding), prompt_ids, max_tokens=limit)
+    token_ids = reader.read_all(continuations)
     longest = max(map(len, token_ids))
     texts = [
         own if isinstance(own, str) else None if tokenizer is None else decode_new(tokenizer, prompt_ids, ids)
@@ -99,6 +102,7 @@ def score(
         prompt_ids,
         token_ids,
         context=None if context is None else context.tables_for(engine),
+        source=prompt.source,
         use_cache=use_cache,
         retention=policy and calls.settled(policy, prompt_tokens=len(prompt_ids), new_tokens=longest),
     )
@@ -115,19 +119,6 @@ def score(
         ),
         scored.usage,
     )
-
-
-def _read_whole_prompt(engine: Engine, tokenizer: Any, prompt: Any, context: Context | None) -> list[int]:
-    """Token ids of context and prompt."""
-    if context is not None:
-        context.tables_for(engine)
-    if prompt is None and context is None:
-        raise InvalidRequest("there is nothing to continue. Pass `prompt`, `context` or both.")
-    before = [] if context is None else list(context.token_ids)
-    if prompt is None:
-        return before
-    vocab_size = engine.binding.vocab_size
-    return before + read_prompt(prompt, tokenizer, vocab_size=vocab_size, continues=context is not None)
 
 
 class _Reader:

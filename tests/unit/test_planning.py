@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MambaConfig
 
 import kvloom
 import tiny
@@ -89,13 +89,13 @@ def test_in_16_bits_the_weights_are_counted_as_loading_makes_them(
     assert count_weights(build_weightless(loaded.config, dtype).binding.model) == count_weights(loaded)
 
 
-@pytest.mark.parametrize("family", tiny.REFUSED_FAMILIES)
-def test_what_attach_refuses_the_planner_refuses(folder: Path, family: str) -> None:
-    with pytest.raises(UnsupportedModel, match="never calls transformers' attention interface"):
-        kvloom.plan(config_only(folder, family))
+def test_what_attach_refuses_the_planner_refuses(folder: Path) -> None:
+    MambaConfig(vocab_size=131, hidden_size=32, num_hidden_layers=2, state_size=4).save_pretrained(folder)
+    with pytest.raises(UnsupportedModel, match="keeps a recurrent state"):
+        kvloom.plan(folder)
 
 
-@pytest.mark.parametrize("family", tiny.SUPPORTED_FAMILIES)
+@pytest.mark.parametrize("family", [*tiny.SUPPORTED_FAMILIES, *tiny.OWN_ATTENTION_FAMILIES])
 def test_a_request_holds_no_more_than_was_planned_and_the_pool_exactly_what_was(family: str) -> None:
     lm = kvloom.attach(tiny.tiny_model(family), budget_bytes=2_000_000)
     # Past the switch of both length-dependent rotary families, so that rows compute their prompts apart.
@@ -399,16 +399,21 @@ def test_a_folder_without_a_config_is_refused(folder: Path) -> None:
         kvloom.plan(folder)
 
 
-@pytest.mark.parametrize("model_type", ["t5", "bart", "whisper"])
-def test_encoder_decoder_models_are_refused_by_name(folder: Path, model_type: str) -> None:
-    (folder / "config.json").write_text(json.dumps({"model_type": model_type, "is_encoder_decoder": True}))
-    with pytest.raises(UnsupportedModel, match=f"a {model_type} model is an encoder-decoder model"):
-        kvloom.plan(folder)
+@pytest.mark.parametrize("family", tiny.ENCODER_DECODER_FAMILIES)
+def test_encoder_decoder_models_are_planned_with_their_sources(folder: Path, family: str) -> None:
+    plan = kvloom.plan(config_only(folder, family), num_beams=3, max_new_tokens=20, batch=2)
+    own, cross = plan.groups
+    assert (own.layers, cross.layers, plan.prompt_tokens) == (3, 3, 1)
+    assert own.blocks == 2 * 3 * 2
+    assert cross.blocks == 2 * -(-plan.source_tokens // 16) and cross.apart_blocks == 3 * cross.blocks
+    assert plan.source_tokens == {"t5": 512, "whisper": 20}.get(family, 256)
+    attached = kvloom.attach(tiny.tiny_model(family)).plan(num_beams=3, max_new_tokens=20, batch=2)
+    assert (attached.groups, attached.weights) == (plan.groups, plan.weights)
 
 
 def test_a_model_that_writes_no_text_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    with pytest.raises(UnsupportedModel, match="the config describes no causal language model"):
+    with pytest.raises(UnsupportedModel, match="the config describes no language model"):
         kvloom.plan(folder)
 
 

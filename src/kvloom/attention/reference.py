@@ -89,6 +89,8 @@ def _visible(plan: GroupPlan, source: Source, position: int) -> tuple[Tensor, np
     """int64[seen], the slots that the query at a position sees, and by how much it is turned back for each."""
     slots = torch.from_numpy(expand_runs(source.runs, plan.block_tokens))
     positions = _positions(source)
+    if plan.reach.cross:
+        return slots, np.zeros(len(slots), dtype=np.int64)
     low = int(plan.reach.first_visible(np.array([position]))[0])
     seen = (positions >= low) & (positions <= position)
     if source.sight is None:

@@ -19,7 +19,7 @@ class Source:
     """What one sequence of the step reads: its runs, and where its new tokens stand.
 
     Attributes:
-        runs: int32[runs, 4] of the sequence's table, the new tokens included.
+        runs: int32[runs, 4] of the sequence's table, the new tokens included; of cross-attention its source's.
         first_row: the ragged row's index of its first new token.
         first_position: that token's logical position.
         count: its new tokens.

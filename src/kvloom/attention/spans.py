@@ -101,6 +101,8 @@ class _SpanBuilder:
         self._device = device
 
     def build(self, sources: Sequence[Source]) -> tuple[Span, ...]:
+        if self._reach.cross:
+            return self._cross_spans(sources)
         spans: list[Span] = []
         readers: list[_Reader] = []
         for source in sources:
@@ -124,6 +126,19 @@ class _SpanBuilder:
         for stretch in sorted({reader.stretch for reader in private}):
             spans += self._decode_spans([r for r in private if r.own is None and r.stretch == stretch])
         return tuple(spans)
+
+    def _cross_spans(self, sources: Sequence[Source]) -> tuple[Span, ...]:
+        """What decodes from one source reads it once; sources with a single row each are gathered together."""
+        spans: list[Span] = []
+        single: list[_Reader] = []
+        for members in _alike_first_run([source.runs for source in sources]):
+            rows = np.concatenate([np.arange(own.count) + own.first_row for own in (sources[i] for i in members)])
+            runs = sources[members[0]].runs
+            if len(rows) == 1:
+                single.append(_Reader(rows, runs, None))
+            else:
+                spans.append(self._span(rows[None], self._read(runs)))
+        return (*spans, *self._decode_spans(single))
 
     def _see(self, source: Source, parts: Sequence[Part], readers: list[_Reader], spans: list[Span]) -> None:
         """Readers of single tokens, whose stretches others may share; a masked span for each stretch of a chunk."""

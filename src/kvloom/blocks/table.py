@@ -128,8 +128,12 @@ class Table:
                 self._pool.acquire(append.last_run_before[BLOCK : BLOCK + 1])
         self._pool.release(append.allocated)
 
-    def share(self, blocks: BlockIds, *, first: int = 0) -> None:
-        """Start an empty table with full blocks that others hold, for the positions from `first` on."""
+    def share(self, blocks: BlockIds, *, first: int = 0, unused: int = 0) -> None:
+        """Start an empty table with full blocks that others hold, for the positions from `first` on.
+
+        Args:
+            unused: slots at the end of the last block that hold nothing; such a table is not appended to.
+        """
         assert not self._count, "only an empty table can adopt a prefix"
         self._pool.acquire(blocks)
         self._reserve(len(blocks))
@@ -138,7 +142,9 @@ class Table:
         self.runs[:, OFFSET] = 0
         self.runs[:, COUNT] = self._block_tokens
         self.runs[:, FIRST] = first + self._block_tokens * np.arange(len(blocks))
-        self._position = first + self._block_tokens * len(blocks)
+        self._position = first + self._block_tokens * len(blocks) - unused
+        if unused:
+            self.runs[-1, COUNT] -= unused
 
     def place(self, positions: Slots, *, end: int) -> Slots:
         """Start an empty table with room for the tokens at `positions`, in new blocks.

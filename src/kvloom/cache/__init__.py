@@ -2,6 +2,7 @@
 
 from kvloom.cache.cache import CachedSequence, Extension, KVCache
 from kvloom.cache.layout import CacheLayout, LayerGroup, LayerShape, Reach
+from kvloom.cache.sources import adopt_source, place_source, remember_source
 from kvloom.cache.store import Store
 
 __all__ = [
@@ -13,4 +14,7 @@ __all__ = [
     "LayerShape",
     "Reach",
     "Store",
+    "adopt_source",
+    "place_source",
+    "remember_source",
 ]

@@ -7,7 +7,7 @@ after the forward pass or rolled back, which leaves tables and counts as they we
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,7 +69,7 @@ class Extension:
     Attributes:
         sequences: the sequences that were extended, in the order of the ragged row.
         counts: new tokens of each.
-        appends: for each layer group, one `Append` a sequence.
+        appends: for each layer group, one `Append` a sequence; none for cross-attention, which only reads.
     """
 
     sequences: tuple[CachedSequence, ...]
@@ -77,8 +77,8 @@ class Extension:
     appends: tuple[tuple[Append, ...], ...]
 
     def slots(self, group: int) -> Slots:
-        """int64[tokens], where the ragged row's keys and values go in `group`."""
-        return np.concatenate([append.slots for append in self.appends[group]])
+        """int64[tokens], where the ragged row's keys and values go in `group`; none in cross-attention's."""
+        return np.concatenate([np.empty(0, dtype=np.int64), *(append.slots for append in self.appends[group])])
 
 
 class KVCache:
@@ -109,6 +109,8 @@ class KVCache:
             GroupCache(group, pool := BlockPool(blocks), PrefixIndex(pool, layout.block_tokens))
             for group in layout.groups
         )
+        # Cross-attention comes last, so that these are a sequence's first tables.
+        self.own_groups = tuple(group for group in self.groups if not group.group.reach.cross)
 
     @property
     def available_blocks(self) -> int:
@@ -135,7 +137,7 @@ class KVCache:
         done: list[tuple[Table, Append]] = []
         appends: list[tuple[Append, ...]] = []
         try:
-            for index, group in enumerate(self.groups):
+            for index, group in enumerate(self.own_groups):
                 made = []
                 # Once for all: a block that a copy-on-write lets go of must not be reclaimed before a rollback.
                 group.ensure_free(sum(s.tables[index].blocks_for(count) for s, count in requests))
@@ -147,9 +149,10 @@ class KVCache:
         except BaseException:
             _undo(done)
             raise
-        for group, made_in_group in zip(self.groups, appends, strict=True):
+        for group, made_in_group in zip(self.own_groups, appends, strict=True):
             self.store.copy(group.group, [copy for append in made_in_group for copy in append.copies])
         sequences, counts = zip(*requests, strict=True) if requests else ((), ())
+        appends += [()] * (len(self.groups) - len(self.own_groups))
         return Extension(tuple(sequences), tuple(counts), tuple(appends))
 
     def rollback(self, extension: Extension) -> None:
@@ -157,7 +160,7 @@ class KVCache:
         _undo(
             [
                 (sequence.tables[index], append)
-                for index, appends in enumerate(extension.appends)
+                for index, appends in enumerate(extension.appends[: len(self.own_groups)])
                 for sequence, append in zip(extension.sequences, appends, strict=True)
             ]
         )
@@ -169,7 +172,7 @@ class KVCache:
 
     def release_unseen(self, sequence: CachedSequence) -> None:
         """Free what fell out of every window of `sequence`."""
-        for table, group in zip(sequence.tables, self.groups, strict=True):
+        for table, group in self._own_tables(sequence):
             if not group.group.reach.unlimited:
                 table.drop_before(group.group.reach.first_needed(table.position))
 
@@ -177,13 +180,17 @@ class KVCache:
         """Put the full blocks of `sequence`, which hold `tokens`, into the prefix index, as far as they are exact."""
         size = self.layout.block_tokens
         digests = chain_digests(tokens[: sequence.exact_tokens], size, extra_key)
-        for table, group in zip(sequence.tables, self.groups, strict=True):
+        for table, group in self._own_tables(sequence):
             for block, _, count, first in table.runs.tolist():
                 if count == size and first % size == 0 and first // size < len(digests):
                     group.index.insert(digests[first // size], block, depth=first // size)
 
     def place(self, positions: Sequence[Slots], *, tokens: int) -> tuple[CachedSequence, tuple[Slots, ...]]:
         """A sequence of `tokens` tokens, of which each group holds those at its `positions`, in blocks of its own.
+
+        Args:
+            positions: of cross-attention those of the source's tokens.
+            tokens: of the sequence.
 
         Returns:
             the sequence, and for each group the int64 slots, which are still to be written.
@@ -195,7 +202,7 @@ class KVCache:
             slots = []
             for table, group, own in zip(sequence.tables, self.groups, positions, strict=True):
                 group.ensure_free(len(pieces(own, self.layout.block_tokens)[0]))
-                slots.append(table.place(own, end=tokens))
+                slots.append(table.place(own, end=len(own) if group.group.reach.cross else tokens))
         except BaseException:
             self.close(sequence)
             raise
@@ -207,7 +214,7 @@ class KVCache:
 
     def can_truncate(self, sequence: CachedSequence, tokens: int) -> bool:
         """Whether a sequence cut to `tokens` would still hold all that its windows, and its retention policy, need."""
-        for table, group in zip(sequence.tables, self.groups, strict=True):
+        for table, group in self._own_tables(sequence):
             reach = group.group.reach
             if reach.unlimited and sequence.retained is not None:
                 if tokens < sequence.tokens and not sequence.retained.policy.can_cut(table, tokens):
@@ -219,7 +226,7 @@ class KVCache:
     def truncate(self, sequence: CachedSequence, tokens: int) -> None:
         """Forget the tokens at position `tokens` and beyond; see `can_truncate`."""
         assert self.can_truncate(sequence, tokens), "a window has already let go of what this length needs"
-        for table in sequence.tables:
+        for table, _ in self._own_tables(sequence):
             table.truncate(tokens)
 
     def close(self, sequence: CachedSequence) -> None:
@@ -244,10 +251,14 @@ class KVCache:
             for blocks, group in zip(blocks_by_group, self.groups, strict=True)
         )
 
+    def _own_tables(self, sequence: CachedSequence) -> Iterator[tuple[Table, GroupCache]]:
+        """The tables that hold the sequence's own tokens, with their groups: all but cross-attention's."""
+        return zip(sequence.tables, self.own_groups, strict=False)
+
     def _adopt_prefix(self, sequence: CachedSequence, digests: list[bytes]) -> None:
         size = self.layout.block_tokens
         length = self._usable_blocks(digests)
-        for table, group in zip(sequence.tables, self.groups, strict=True):
+        for table, group in self._own_tables(sequence):
             first = group.group.reach.first_needed(length * size) // size if length else 0
             match: PrefixMatch = group.index.longest_match(digests[first:length])
             group.index.touch(match.blocks)
@@ -256,7 +267,7 @@ class KVCache:
     def _usable_blocks(self, digests: list[bytes]) -> int:
         """How many blocks of a chain can be reused: every group must know what its next query will see."""
         usable = np.ones(len(digests) + 1, dtype=bool)
-        for group in self.groups:
+        for group in self.own_groups:
             known = np.array([group.index.block(digest) is not None for digest in digests], dtype=bool)
             misses_before = np.concatenate([[0], np.cumsum(~known)])
             lengths = np.arange(len(digests) + 1)

@@ -16,23 +16,26 @@ Positions = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class Reach:
-    """How far back a layer's queries see. At most one of the two limits is set.
+    """How far back a layer's queries see. At most one of the three is set.
 
     Attributes:
         window_tokens: a query at position p sees the positions p - window + 1 to p (sliding window).
         chunk_tokens: a query at position p sees back to the start of its own chunk, p - p % chunk.
+        cross: every query sees the whole source, and nothing of its own sequence (cross-attention).
     """
 
     window_tokens: int | None = None
     chunk_tokens: int | None = None
+    cross: bool = False
 
     def __post_init__(self) -> None:
-        assert self.window_tokens is None or self.chunk_tokens is None, "a layer has a window or chunks, not both"
+        limits = [self.window_tokens is not None, self.chunk_tokens is not None, self.cross]
+        assert sum(limits) <= 1, "a layer has a window or chunks or attends to a source"
 
     @property
     def unlimited(self) -> bool:
         """Whether every past token stays visible."""
-        return self.window_tokens is None and self.chunk_tokens is None
+        return self.window_tokens is None and self.chunk_tokens is None and not self.cross
 
     def first_visible(self, positions: Positions) -> Positions:
         """int64, the lowest position that a query at each of `positions` sees."""
@@ -51,6 +54,8 @@ class Reach:
             return f"window of {self.window_tokens} tokens"
         if self.chunk_tokens is not None:
             return f"chunks of {self.chunk_tokens} tokens"
+        if self.cross:
+            return "cross-attention"
         return "full attention"
 
 
@@ -62,6 +67,11 @@ class LayerShape:
     key_dim: int
     value_dim: int
     reach: Reach = Reach()
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Head size of keys and of values."""
+        return self.key_dim, self.value_dim
 
     def elements_per_token(self) -> int:
         """Numbers kept for one token in this layer."""
@@ -94,8 +104,10 @@ class CacheLayout:
 
     @cached_property
     def groups(self) -> tuple[LayerGroup, ...]:
-        """The layer groups, unlimited reach first."""
-        reaches = sorted({layer.reach for layer in self.layers}, key=lambda reach: (not reach.unlimited, str(reach)))
+        """The layer groups, unlimited reach first, cross-attention last."""
+        reaches = sorted(
+            {layer.reach for layer in self.layers}, key=lambda reach: (reach.cross, not reach.unlimited, str(reach))
+        )
         return tuple(
             LayerGroup(reach, tuple(i for i, layer in enumerate(self.layers) if layer.reach == reach))
             for reach in reaches

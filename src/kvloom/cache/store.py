@@ -66,6 +66,23 @@ class Store:
             blocks = self.keys[layer].view(len(keys), -1, size, keys.shape[-1])[:, filled]
             bounds[0, :, filled], bounds[1, :, filled] = blocks.amin(dim=2), blocks.amax(dim=2)
 
+    def gather(self, layer: int, slots: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of some slots, [batch, kv_heads, tokens, dim].
+
+        Args:
+            slots: int64[batch, tokens]; or a slice, whose slots are seen as a view of batch 1, without a copy.
+        """
+        keys, values = self.keys[layer], self.values[layer]
+        if isinstance(slots, slice):
+            return keys[None, :, slots], values[None, :, slots]
+        batch, tokens = slots.shape
+        flat = slots.flatten()
+
+        def rows(tensor: Tensor) -> Tensor:
+            return tensor.index_select(1, flat).view(tensor.shape[0], batch, tokens, -1).transpose(0, 1)
+
+        return rows(keys), rows(values)
+
     def copy(self, group: LayerGroup, copies: Iterable[BlockCopy]) -> None:
         """Carry out the copies-on-write of one group's tables."""
         size = self.layout.block_tokens

@@ -125,7 +125,7 @@ COUNT = click.IntRange(min=1)
 def generate(
     ctx: click.Context, /, prompt: str | None, token_ids: bool, as_json: bool, quiet: bool, **options: Any
 ) -> None:
-    """Continue PROMPT.
+    """Continue PROMPT, or decode from it with an encoder-decoder model.
 
     PROMPT is text. `-` reads it from standard input, as does a pipe if there is no PROMPT; one newline at its
     end is dropped. Standard output holds the generated text and nothing else. It is streamed, unless there are
@@ -153,7 +153,7 @@ def generate(
             job.print_sequences(results)
         if "top_logprobs" in given and not as_json:
             sys.stdout.flush()
-            show.print_logprobs(results, tokenizer=lm.tokenizer, prompt_ids=job.prompt_ids)
+            show.print_logprobs(results, tokenizer=lm.tokenizer, prompt_ids=job.continued_ids)
         if not quiet:
             sys.stdout.flush()
             job.print_summary(results)
@@ -214,6 +214,11 @@ class _Job:
     quiet: bool
 
     @property
+    def continued_ids(self) -> list[int]:
+        """What the output continues: the prompt, unless an encoder reads it."""
+        return self.prompt_ids if self.lm.binding.encoder is None else []
+
+    @property
     def streams(self) -> bool:
         return self.resolved.num_beams == 1 and self.resolved.num_return_sequences == 1
 
@@ -248,7 +253,7 @@ class _Job:
         if not is_file(sys.stdout):
             # Not even a pipe is safe: `| tee` writes to the terminal in which the bar stands.
             self.meter.stop()
-        if is_terminal(sys.stdout) and is_terminal(sys.stderr) and not self.quiet:
+        if is_terminal(sys.stdout) and is_terminal(sys.stderr) and not self.quiet and self.continued_ids:
             prompt = f"{' '.join(map(str, self.prompt_ids))} " if self.prompt is None else self.prompt
             show.print_prompt(prompt)
 
@@ -305,9 +310,15 @@ def _prepare(lm: LanguageModel, prompt: str | list[int], given: dict[str, Any], 
 
     if isinstance(prompt, str) and lm.tokenizer is None:
         raise InvalidRequest(f"{model} has no tokenizer. Pass token ids with --token-ids.")
-    prompt_ids = read_prompt(prompt, lm.tokenizer, vocab_size=lm.vocab_size)
+    encoder = lm.binding.encoder
+    if encoder is not None and encoder.reads_features:
+        raise InvalidRequest(f"{model} reads features, not text. Pass them to `generate` from Python.")
+    vocab_size = lm.vocab_size if encoder is None else encoder.vocab_size
+    prompt_ids = read_prompt(prompt, lm.tokenizer, vocab_size=vocab_size or lm.vocab_size)
+    # What an encoder reads is not what the decoder continues, which is its start token.
+    before = len(prompt_ids) if encoder is None else 1
     if "max_new_tokens" not in given:
-        room = DEFAULT_NEW_TOKENS if lm.longest is None else lm.longest - len(prompt_ids)
+        room = DEFAULT_NEW_TOKENS if lm.longest is None else lm.longest - before
         given = {**given, "max_new_tokens": max(1, min(DEFAULT_NEW_TOKENS, room))}
     resolved = resolve(
         lm.generation_config, None, given, vocab_size=lm.vocab_size, max_position_embeddings=lm.max_tokens
@@ -319,7 +330,7 @@ def _prepare(lm: LanguageModel, prompt: str | list[int], given: dict[str, Any], 
     if "seed" in given and not resolved.do_sample and not quiet:
         note("`--seed` has no effect: without sampling nothing is drawn.")
     meter = Meter(
-        prompt_tokens=len(prompt_ids),
+        prompt_tokens=before,
         new_tokens=given["max_new_tokens"],
         rows=resolved.num_return_sequences if resolved.num_beams == 1 else None,
         bar=not quiet and is_terminal(sys.stderr),

@@ -41,6 +41,13 @@ LENGTH = click.IntRange(min=0)
     section="Request",
     help="New tokens of each sequence.  [default: 256, or what the model's context leaves]",
 )
+@option(
+    "--source-tokens",
+    metavar="N",
+    type=COUNT,
+    section="Request",
+    help="Length of each source of an encoder-decoder model.  [default: 512, or what its encoder reads]",
+)
 @option("--num-beams", metavar="N", type=COUNT, section="Request", help="Search with N beams.  [default: 1]")
 @option(
     "--num-return-sequences",
@@ -138,6 +145,8 @@ def _heads(plan: MemoryPlan) -> str:
 def _request(plan: MemoryPlan) -> str:
     """What is asked of it in a line."""
     prompts = f"{_count(plan.batch, 'prompt')} of {_count(plan.prompt_tokens, 'token')}"
+    if plan.source_tokens:
+        prompts = f"{_count(plan.batch, 'source')} of {_count(plan.source_tokens, 'token')}, {prompts}"
     rows = ""
     if plan.rows > 1:
         rows = f", {plan.rows} {'beams' if plan.num_beams > 1 else 'samples'}{' each' if plan.batch > 1 else ''}"

@@ -82,6 +82,9 @@ def _summary_rows(
         ("prompt", _count(usage.prompt_tokens, "token"), f", {found:,} found in the cache, {computed:,} computed"),
         ("new", _count(usage.new_tokens, "token"), f"{several}, {usage.seconds:.2f} s{speed and f', {speed}'}"),
     ]
+    if usage.source_tokens:
+        read = "read by the encoder" if usage.computed_source_tokens else "found in the cache"
+        rows.insert(1, ("source", _count(usage.source_tokens, "token"), f", {read}"))
     if usage.peak_bytes:
         memory = f", {readable_bytes(usage.peak_bytes)} of keys and values"
         rows.append(("cache", f"{_count(usage.peak_blocks, 'block')} at the peak", memory))

@@ -30,6 +30,7 @@ class Refusal:
 _ASSISTED = "assisted decoding is not offered"
 _CACHE = "KVLoom keeps its own cache; see `budget_bytes`"
 _MOVED = "transformers has moved this method out of the library"
+_DECODER = "pass the tokens that the decoder begins with as `decoder_input_ids`"
 _CALL = "it is an argument of transformers' `generate` that has no meaning here"
 
 REFUSED: dict[str, Refusal] = {
@@ -74,6 +75,10 @@ REFUSED: dict[str, Refusal] = {
     "attention_mask": Refusal("prompts are not padded, so there is nothing to mask"),
     "position_ids": Refusal("positions follow from the sequence"),
     "inputs_embeds": Refusal("prompts are text or token ids"),
+    "forced_decoder_ids": Refusal(_DECODER),
+    "language": Refusal(_DECODER),
+    "task": Refusal(_DECODER),
+    "return_timestamps": Refusal(_DECODER),
     "negative_prompt_ids": Refusal(_CALL),
     "negative_prompt_attention_mask": Refusal(_CALL),
     "custom_generate": Refusal(_CALL),

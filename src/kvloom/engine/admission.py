@@ -13,7 +13,7 @@ from kvloom.cache.retention import Retention
 from kvloom.engine.holding import Holding, Holdings
 from kvloom.engine.planner import request_blocks, shares_prompt
 from kvloom.errors import CacheFull
-from kvloom.models import Binding
+from kvloom.models import Binding, Source
 
 Blocks = tuple[int, ...]
 """A number of blocks for each layer group."""
@@ -32,9 +32,10 @@ class Admission:
         self,
         *,
         prompt_tokens: int,
-        new_tokens: int,
+        new_tokens: int = 0,
         rows: int,
         context: Holding | None,
+        source: Source | None = None,
         retention: Retention | None = None,
     ) -> Blocks:
         """The most blocks that a request can come to hold beyond those of its context."""
@@ -46,6 +47,7 @@ class Admission:
             rows=rows,
             step_tokens=self._step_tokens,
             retention=retention,
+            source_tokens=0 if source is None else source.tokens,
         )
         if retention is not None:
             return self._under_retention(need, retention, context, prompt_tokens, new_tokens, rows)

@@ -27,7 +27,8 @@ def children(request: Request, host: HostStep, cached: CachedRows | None) -> lis
         if cached is not None and needs_tables[child]:
             tables = row.cached if heirs[parent] == child else cached.fork_tables(row)
         first = host.parents.index(parent) == child
-        rows.append(Row(row.token_ids if first else list(row.token_ids), tables, row.regime))
+        token_ids = row.token_ids if first else list(row.token_ids)
+        rows.append(Row(token_ids, tables, row.regime, source=row.source))
     for row, token in zip(rows, host.tokens, strict=True):
         row.token_ids.append(token)
     for parent, row in enumerate(request.rows):

@@ -30,13 +30,13 @@ from kvloom.engine.children import children
 from kvloom.engine.events import Event, RequestFinished, StepDone
 from kvloom.engine.holding import Holding, Holdings
 from kvloom.engine.peaks import note_peaks
-from kvloom.engine.planner import default_budget_bytes
+from kvloom.engine.planner import default_budget_bytes, longest_kept
 from kvloom.engine.request import Request, Row
 from kvloom.engine.rows import CachedRows, stacked
 from kvloom.engine.scheduler import Scheduled, schedule
 from kvloom.engine.scoring import CachedScorer, Scored, score_uncached
 from kvloom.errors import CacheFull, ContextClosed, InvalidRequest, NumericalError
-from kvloom.models import Binding
+from kvloom.models import Binding, Source
 
 STEP_TOKENS = 512
 NO_TOKEN = "no token can be chosen: the model returned NaN logits, or the logits processors left no token possible."
@@ -81,7 +81,7 @@ class Engine:
                 layers=binding.layers, dtype=binding.dtype, block_tokens=block_tokens, block_bounds=block_bounds
             )
             if budget_bytes is None:
-                budget_bytes = default_budget_bytes(layout, max_tokens=binding.max_tokens, device=binding.device)
+                budget_bytes = default_budget_bytes(layout, max_tokens=longest_kept(binding), device=binding.device)
             self.cache = KVCache(layout, budget_bytes=budget_bytes, device=binding.device)
             self._holdings = Holdings(self.cache)
             self._admission = Admission(self.cache, self._holdings, binding, step_tokens=step_tokens)
@@ -101,6 +101,7 @@ class Engine:
                     rows=request.max_rows,
                     context=request.context,
                     retention=request.retention,
+                    source=request.source,
                 )
                 if not self._admission.fits(request.reserved, ()):
                     self._collect_dropped()
@@ -174,6 +175,7 @@ class Engine:
         *,
         context: Holding | None = None,
         logits_of: int = 1,
+        source: Source | None = None,
         retention: Retention | None = None,
     ) -> tuple[Tensor, Holding]:
         """Compute tokens outside of any request, in chunks.
@@ -182,6 +184,7 @@ class Engine:
             token_ids: the whole sequence, which begins with the context's tokens.
             context: what is computed already; unchanged.
             logits_of: of how many last tokens logits are wanted.
+            source: what the sequence, the context's included, is decoded from.
             retention: the settled policy of the sequence.
 
         Returns:
@@ -191,10 +194,10 @@ class Engine:
             self._check_open()
             tokens = len(token_ids)
             need = self._admission.worst_case(
-                prompt_tokens=tokens, new_tokens=0, rows=1, context=context, retention=retention
+                prompt_tokens=tokens, rows=1, context=context, source=source, retention=retention
             )
             self._admission.refuse_unless_possible(need, f"a context of {tokens:,} tokens", reserved=self._reserved())
-            row = self._rows.open(token_ids, context, logits_of=logits_of, retention=retention)
+            row = self._rows.open(token_ids, context, logits_of=logits_of, source=source, retention=retention)
             try:
                 logits = self._rows.complete(row, step_tokens=self.step_tokens, logits_of=logits_of)
                 return logits, self._rows.hold(row, claimed=True)
@@ -208,6 +211,7 @@ class Engine:
         continuations: Sequence[list[int]],
         *,
         context: Holding | None = None,
+        source: Source | None = None,
         use_cache: bool = True,
         retention: Retention | None = None,
     ) -> Scored:
@@ -217,6 +221,7 @@ class Engine:
             prompt_ids: the whole prompt, the context's tokens included.
             continuations: token ids, each of at least one token.
             context: what is computed already; unchanged.
+            source: what the prompt is decoded from.
             use_cache: without it each continuation is a forward pass of its own over the whole sequence.
             retention: the settled policy of prompt and continuations.
 
@@ -226,7 +231,7 @@ class Engine:
         with self._working():
             self._check_open()
             if self.cache is None or not use_cache:
-                return score_uncached(self.binding, prompt_ids, continuations)
+                return score_uncached(self.binding, prompt_ids, continuations, source=source)
             scorer = CachedScorer(
                 self._rows,
                 self.cache,
@@ -234,6 +239,7 @@ class Engine:
                 prompt_ids=prompt_ids,
                 continuations=continuations,
                 context=context,
+                source=source,
                 step_tokens=self.step_tokens,
                 retention=retention,
             )
@@ -286,7 +292,7 @@ class Engine:
         identity = self.binding.identity()
         if self.cache is None or identity is None:
             raise InvalidRequest(
-                "this model keeps no keys and values, so there is nothing to save or restore. Keep the token ids."
+                "a callable keeps no keys and values that another process would know. Keep the token ids."
             )
         dtype = str(self.cache.layout.dtype).removeprefix("torch.")
         return Origin(model=identity.name, fingerprint=identity.fingerprint, dtype=dtype)
@@ -345,10 +351,10 @@ class Engine:
     def _start(self, request: Request) -> None:
         token_ids = list(request.prompt_ids)
         if request.use_cache:
-            row = self._rows.open(token_ids, request.context, retention=request.retention)
-            request.cached_prompt_tokens = row.computed
+            row = self._rows.open(token_ids, request.context, source=request.source, retention=request.retention)
+            request.cached_prompt_tokens, request.computed_source_tokens = row.computed, row.encoded
         else:
-            row = Row(token_ids, None, None)
+            row = Row(token_ids, None, None, source=request.source)
         request.rows = [row]
         request.started = True
 
@@ -365,10 +371,9 @@ class Engine:
         scheduled = schedule(requests, step_tokens=self.step_tokens)
         for regime in dict.fromkeys(item.row.regime for item in scheduled):
             self._forward_together([item for item in scheduled if item.row.regime == regime])
-        computed = [_prompt_part(item) for item in scheduled]
-        for item, prompt_tokens in zip(scheduled, computed, strict=True):
-            item.request.computed_prompt_tokens += prompt_tokens
-        return sum(computed)
+        for item in scheduled:
+            item.request.computed_prompt_tokens += item.prompt_tokens_run
+        return sum(item.prompt_tokens_run for item in scheduled)
 
     def _prepare(self, request: Request) -> None:
         """Renew what depends on length, and give tables to the next row that must compute its prompt.
@@ -402,10 +407,11 @@ class Engine:
         computed = 0
         for request in self._live(cached=False):
             token_ids = torch.tensor([row.token_ids for row in request.rows], device=self.binding.device)
-            for row, logits in zip(request.rows, self.binding.forward_uncached(token_ids), strict=True):
+            every = self.binding.forward_uncached(token_ids, source=request.source)
+            for row, logits in zip(request.rows, every, strict=True):
                 row.logits = logits[-1]
-            prompt_tokens = len(request.rows) * len(request.prompt_ids)
-            request.computed_prompt_tokens += prompt_tokens
+            request.computed_source_tokens += request.source_tokens
+            request.computed_prompt_tokens += (prompt_tokens := len(request.rows) * len(request.prompt_ids))
             computed += prompt_tokens
         return computed
 
@@ -484,9 +490,3 @@ class Engine:
     def _emit(self, event: Event) -> None:
         for listener in self.listeners:
             listener(event)
-
-
-def _prompt_part(item: Scheduled) -> int:
-    """How many of the tokens that were just run belong to the prompt."""
-    end = item.row.computed
-    return max(0, min(end, len(item.request.prompt_ids)) - (end - item.count))

@@ -23,6 +23,7 @@ def worst_case_blocks(
     new_tokens: int,
     rows: int,
     step_tokens: int,
+    source_tokens: int = 0,
     shares_prompt: bool = True,
     retention: Retention | None = None,
 ) -> tuple[int, ...]:
@@ -34,6 +35,7 @@ def worst_case_blocks(
 
     Args:
         step_tokens: the longest chunk of a prompt; a window keeps its width and one chunk.
+        source_tokens: of an encoder-decoder model's source, which all rows share in any case.
         shares_prompt: False if the rows may have to compute the prompt apart (rotary factors that change).
         retention: the policy that bounds what a row holds of full attention.
     """
@@ -44,6 +46,8 @@ def worst_case_blocks(
         return layout.blocks_of(kept)
 
     def group(reach: Reach) -> int:
+        if reach.cross:
+            return layout.blocks_of(source_tokens)
         alone = blocks(prompt_tokens + new_tokens, reach)
         if retention is not None and reach.unlimited:
             alone = retention.most_blocks(
@@ -67,6 +71,7 @@ def request_blocks(
     new_tokens: int,
     rows: int,
     step_tokens: int,
+    source_tokens: int = 0,
     retention: Retention | None = None,
 ) -> tuple[int, ...]:
     """`worst_case_blocks` of a request on `binding`, which says whether its rows can share the prompt."""
@@ -76,6 +81,7 @@ def request_blocks(
         new_tokens=new_tokens,
         rows=rows,
         step_tokens=step_tokens,
+        source_tokens=source_tokens,
         shares_prompt=shares_prompt(binding, prompt_tokens=prompt_tokens, new_tokens=new_tokens),
         retention=retention,
     )
@@ -89,6 +95,13 @@ def shares_prompt(binding: Binding, *, prompt_tokens: int, new_tokens: int) -> b
     return binding.regime(prompt_tokens) == binding.regime(prompt_tokens + new_tokens)
 
 
+def longest_kept(binding: Binding) -> int | None:
+    """The longest that a sequence or a source of the model can be; None if it states no limit of one of them."""
+    if binding.encoder is None or binding.max_tokens is None or binding.encoder.max_tokens is None:
+        return binding.max_tokens
+    return max(binding.max_tokens, binding.encoder.max_tokens)
+
+
 def default_budget_bytes(
     layout: CacheLayout, *, max_tokens: int | None, device: torch.device, taken_bytes: int = 0
 ) -> int:
@@ -100,6 +113,7 @@ def default_budget_bytes(
     is not used costs nothing.
 
     Args:
+        max_tokens: the longest sequence, or source; see `longest_kept`.
         taken_bytes: what will have been taken from the available memory by then, such as weights not yet loaded.
     """
     wanted = DEFAULT_SEQUENCES * layout.bytes_per_token * ((max_tokens or DEFAULT_CONTEXT) + 2 * layout.block_tokens)

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kvloom.attention import build_plan
-from kvloom.cache import CachedSequence, CacheLayout, KVCache
-from kvloom.models import AttentionInterfaceBinding
+from kvloom.cache import CachedSequence, CacheLayout, KVCache, place_source
+from kvloom.models import HostedModel, Source
 from kvloom.models.weightless import Weightless, following_shapes
 
 # A decision turns the rows' logits into float32 (4), their log-softmax and scores (4 + 4), and where tokens are drawn
@@ -68,19 +68,24 @@ def step_bytes(
     rows: int,
     batch: int,
     step_tokens: int,
+    source: Source | None = None,
 ) -> int:
     """Bytes of the larger of two steps: the last chunk of the prompts, and the last token of all sequences.
+
+    With a source there is a third: its encoding.
 
     Args:
         rows: sequences a prompt. batch: prompts.
         step_tokens: the longest chunk.
+        source: like those that the prompts are decoded from.
     """
-    rehearsal = _Rehearsal(model, layout, tokens=batch * (prompt_tokens + rows * (new_tokens + layout.block_tokens)))
-    prompts = [rehearsal.grown(rehearsal.cache.open(), prompt_tokens - min(prompt_tokens, step_tokens), step_tokens)]
-    peak = rehearsal.run(prompts, min(prompt_tokens, step_tokens))
+    tokens = prompt_tokens + rows * (new_tokens + layout.block_tokens) + (0 if source is None else source.tokens)
+    rehearsal = _Rehearsal(model, layout, source, tokens=batch * tokens)
+    prompts = [rehearsal.grown(rehearsal.open(), prompt_tokens - min(prompt_tokens, step_tokens), step_tokens)]
+    peak = max(rehearsal.encoding_bytes, rehearsal.run(prompts, min(prompt_tokens, step_tokens)))
     if new_tokens:
         # Together in a batch or one after the other, the chunks are no longer than this.
-        prompts += [rehearsal.grown(rehearsal.cache.open(), prompt_tokens, step_tokens) for _ in range(batch - 1)]
+        prompts += [rehearsal.grown(rehearsal.open(), prompt_tokens, step_tokens) for _ in range(batch - 1)]
         sequences = [prompt if row == 0 else rehearsal.cache.fork(prompt) for prompt in prompts for row in range(rows)]
         sequences = [rehearsal.grown(sequence, new_tokens - 1, step_tokens) for sequence in sequences]
         decision = rows * model.binding.vocab_size * DECISION_BYTES_PER_LOGIT
@@ -89,16 +94,34 @@ def step_bytes(
 
 
 class _Rehearsal:
-    """A cache and a model without memory."""
+    """A cache and a model without memory.
 
-    def __init__(self, model: Weightless, layout: CacheLayout, *, tokens: int) -> None:
-        self._model = model
+    Attributes:
+        encoding_bytes: the peak of encoding a source.
+    """
+
+    def __init__(self, model: Weightless, layout: CacheLayout, source: Source | None, *, tokens: int) -> None:
+        self._model, self._source = model, source
+        self.encoding_bytes = 0
         # A few blocks more: forks copy their last block, and every sequence begins a block.
         budget = layout.bytes_per_row_of_blocks * (2 * layout.blocks_of(tokens) + 2)
         with model.fakes:
             self.cache = KVCache(layout, budget_bytes=budget, device=model.binding.device)
         # Copies on write move nothing here, and one by one they take long.
         self.cache.store.copy = lambda *_: None  # type: ignore[method-assign]
+
+    def open(self) -> CachedSequence:
+        """An empty sequence, with a source if there are any."""
+        sequence = self.cache.open()
+        if self._source is None:
+            return sequence
+        slots = torch.from_numpy(place_source(self.cache, sequence, self._source.tokens))
+        if not self.encoding_bytes:
+            binding = self._model.binding
+            with following_shapes(binding.model), _twins_once(binding), LiveBytes() as counted:
+                binding.encode(self._source, self.cache.store, slots)
+            self.encoding_bytes = counted.peak
+        return sequence
 
     def grown(self, sequence: CachedSequence, tokens: int, step_tokens: int) -> CachedSequence:
         """The sequence with `tokens` more, in chunks as they would be computed, so that windows let go as they do."""
@@ -117,13 +140,13 @@ class _Rehearsal:
             plan = build_plan(self.cache, extension, logits=[1] * len(sequences), device=binding.device)
             token_ids = torch.zeros(count * len(sequences), dtype=torch.int64)
             regime = binding.regime(sequences[0].tokens)
-            logits = binding.forward(token_ids, plan, self.cache.store, regime=regime)
+            logits: Tensor = binding.forward(token_ids, plan, self.cache.store, regime=regime)
         self.cache.commit(extension)
         return max(counted.peak, logits.nbytes)
 
 
 @contextmanager
-def _twins_once(binding: AttentionInterfaceBinding) -> Iterator[None]:
+def _twins_once(binding: HostedModel) -> Iterator[None]:
     """Within the block, decoder layers of equal shapes run once: a twin would take as much as the first one did."""
     first: dict[Any, nn.Module] = {}
     outputs: dict[nn.Module, Any] = {}

@@ -12,6 +12,7 @@ from kvloom.cache.retention import Retention
 from kvloom.decoding import Decoder
 from kvloom.engine.holding import Holding
 from kvloom.models.binding import Regime
+from kvloom.models.source import Source
 
 
 @dataclass(eq=False)
@@ -23,12 +24,16 @@ class Row:
         cached: the tables that hold their keys and values; None without a cache.
         regime: the rotary regime under which these were computed.
         logits: of the last token, float[vocab], once everything is computed; None before.
+        source: what the sequence is decoded from, where there is an encoder.
+        encoded: tokens of the source that the encoder has read for this row; 0 where the cache knew the source.
     """
 
     token_ids: list[int]
     cached: CachedSequence | None
     regime: Regime
     logits: Tensor | None = None
+    source: Source | None = None
+    encoded: int = 0
 
     @property
     def computed(self) -> int:
@@ -54,6 +59,8 @@ class Usage:
         peak_bytes: most bytes of keys and values held at once, over all layer groups.
         seconds: from submission to the last token.
         dropped_tokens: tokens of the longest sequence that its retention policy had let go of; 0 without one.
+        source_tokens: positions of the source, of an encoder-decoder model: its tokens, or what features come to.
+        computed_source_tokens: of these, those that the encoder has read; 0 where the cache knew the source.
     """
 
     prompt_tokens: int
@@ -64,6 +71,8 @@ class Usage:
     peak_bytes: int
     seconds: float
     dropped_tokens: int = 0
+    source_tokens: int = 0
+    computed_source_tokens: int = 0
 
 
 @dataclass(eq=False)
@@ -79,6 +88,7 @@ class Request:
         context: tables to fork instead of opening new ones; they stay the caller's.
         context_owner: kept alive with the request, because the tables are freed with it.
         retention: the policy of its sequences, as settled for this request.
+        source: what an encoder-decoder model decodes the request from; the prompt is its decoder's.
         keep_tables: whether finished rows keep their tables, for contexts (beams do not: their hypotheses
             outlive their rows).
         kept: by token ids, the tables that finished rows have left behind, once the request is done.
@@ -93,6 +103,7 @@ class Request:
     context_owner: object = None
     retention: Retention | None = None
     keep_tables: bool = True
+    source: Source | None = None
 
     id: int = -1
     rows: list[Row] = field(default_factory=list)
@@ -104,6 +115,7 @@ class Request:
     kept: dict[tuple[int, ...], Holding] = field(default_factory=dict)
     cached_prompt_tokens: int = 0
     computed_prompt_tokens: int = 0
+    computed_source_tokens: int = 0
     peak_by_group: tuple[int, ...] = ()
     peak_bytes: int = 0
     dropped_tokens: int = 0
@@ -112,10 +124,16 @@ class Request:
     submitted_at: float = field(default_factory=time.perf_counter)
     finished_at: float = 0.0
 
+    @property
+    def source_tokens(self) -> int:
+        """Length of the source; 0 if there is none."""
+        return 0 if self.source is None else self.source.tokens
+
     def describe(self) -> str:
         """The request in the words of an error message."""
         rows = "" if self.max_rows == 1 else f" and {self.max_rows} sequences"
-        return f"a {len(self.prompt_ids):,}-token prompt with up to {self.max_new_tokens:,} new tokens{rows}"
+        source = f"a source of {self.source_tokens:,} tokens and " if self.source else ""
+        return f"{source}a {len(self.prompt_ids):,}-token prompt with up to {self.max_new_tokens:,} new tokens{rows}"
 
     def usage(self, new_tokens: int) -> Usage:
         """What the request has cost so far."""
@@ -128,4 +146,6 @@ class Request:
             peak_bytes=self.peak_bytes,
             seconds=(self.finished_at or time.perf_counter()) - self.submitted_at,
             dropped_tokens=self.dropped_tokens,
+            source_tokens=self.source_tokens,
+            computed_source_tokens=self.computed_source_tokens,
         )

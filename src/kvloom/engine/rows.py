@@ -16,14 +16,14 @@ from torch import Tensor
 from kvloom.attention import build_plan
 from kvloom.blocks import PoolExhausted
 from kvloom.blocks.table import Slots
-from kvloom.cache import CachedSequence, Extension, KVCache
+from kvloom.cache import CachedSequence, Extension, KVCache, adopt_source, place_source, remember_source
 from kvloom.cache.retention import Retention
 from kvloom.cache.snapshot import Origin, SnapshotReader, as_regime, write_snapshot
 from kvloom.engine.holding import Holding, Holdings
 from kvloom.engine.request import Row
 from kvloom.engine.retaining import begin, retain
 from kvloom.errors import CacheFull
-from kvloom.models import Binding
+from kvloom.models import Binding, Source
 from kvloom.models.binding import Regime
 
 Taken = TypeVar("Taken")
@@ -44,6 +44,7 @@ class CachedRows:
         *,
         logits_of: int = 1,
         becomes: int | None = None,
+        source: Source | None = None,
         retention: Retention | None = None,
     ) -> Row:
         """A row that starts from a context's tables if they can serve, else from the longest cached prefix.
@@ -51,15 +52,17 @@ class CachedRows:
         Args:
             logits_of: of how many last tokens logits are wanted; these are left to be computed.
             becomes: how long the sequence will be whose rotary factors are used; by default as long as it is.
+            source: what it is decoded from, the context's if there is one. The encoder runs if the cache lacks it.
             retention: the policy that it is under, that of the context if this is under one.
         """
         regime = self._binding.regime(len(token_ids) if becomes is None else becomes)
-        cached = self._continued(token_ids, context, regime, logits_of, retention)
-        if cached is None:
+        row = Row(token_ids, self._continued(token_ids, context, regime, logits_of, retention), regime, source=source)
+        if row.cached is None:
             reusable = _reusable(len(token_ids), logits_of, retention)
-            cached = self._open_tables(token_ids[: reusable + 1], regime)
-        trained = self._binding.max_tokens
-        return Row(token_ids, begin(cached, retention, prompt_tokens=len(token_ids), trained_tokens=trained), regime)
+            self._open_tables(row, token_ids[: reusable + 1])
+        assert row.cached is not None, "an open row has tables"
+        begin(row.cached, retention, prompt_tokens=len(token_ids), trained_tokens=self._binding.max_tokens)
+        return row
 
     def _continued(
         self,
@@ -79,7 +82,7 @@ class CachedRows:
     def ensure_open(self, row: Row) -> None:
         """Give tables to a row that has none."""
         if row.cached is None:
-            row.cached = self._open_tables(row.token_ids, row.regime)
+            self._open_tables(row, row.token_ids)
 
     def renew_regime(self, row: Row) -> None:
         """Forget what was computed for a row whose rotary factors change with the length it has now."""
@@ -101,7 +104,7 @@ class CachedRows:
     def remember(self, row: Row) -> None:
         """Put a row's full blocks into the prefix index."""
         if row.cached is not None:
-            self._cache.remember(row.cached, row.token_ids, extra_key=self._extra_key(row.regime))
+            self._cache.remember(row.cached, row.token_ids, extra_key=self._extra_key(row))
 
     def hold(self, row: Row, *, claimed: bool) -> Holding:
         """Keep a row's tables; the row has none afterwards."""
@@ -203,11 +206,30 @@ class CachedRows:
                 if not self._holdings.release_oldest_unclaimed():
                     raise CacheFull(f"{exhausted}. Drop contexts, or raise budget_bytes.") from exhausted
 
-    def _open_tables(self, token_ids: list[int], regime: Regime) -> CachedSequence:
-        return self._cache.open(token_ids, extra_key=self._extra_key(regime))
+    def _open_tables(self, row: Row, token_ids: list[int]) -> None:
+        """Give a row tables that hold the longest known prefix of `token_ids`, and its source."""
+        row.cached = self._cache.open(token_ids, extra_key=self._extra_key(row))
+        if row.source is not None:
+            try:
+                row.encoded += self._encode(row.cached, row.source)
+            except BaseException:
+                self.close(row)
+                raise
 
-    def _extra_key(self, regime: Regime) -> bytes:
-        return self._binding.fingerprint() + repr(regime).encode()
+    def _encode(self, cached: CachedSequence, source: Source) -> int:
+        """Share a source's keys and values, or have them computed; returns how many tokens were."""
+        key = self._binding.fingerprint() + source.key
+        if adopt_source(self._cache, cached, key, source.tokens):
+            return 0
+        slots = self._with_room(lambda: place_source(self._cache, cached, source.tokens))
+        self._binding.encode(source, self._cache.store, torch.from_numpy(slots).to(self._binding.device))
+        remember_source(self._cache, cached, key)
+        return source.tokens
+
+    def _extra_key(self, row: Row) -> bytes:
+        """What a row's keys and values depend on besides its tokens."""
+        source = b"" if row.source is None else row.source.key
+        return self._binding.fingerprint() + repr(row.regime).encode() + source
 
     def _cut(self, cached: CachedSequence, tokens: int) -> CachedSequence | None:
         """A fork of the first `tokens` tokens; None if a window has let go of what it would need."""

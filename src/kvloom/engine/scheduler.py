@@ -16,6 +16,12 @@ class Scheduled:
     row: Row
     count: int
 
+    @property
+    def prompt_tokens_run(self) -> int:
+        """How many of the tokens belong to the prompt, once they have run."""
+        end = self.row.computed
+        return max(0, min(end, len(self.request.prompt_ids)) - (end - self.count))
+
 
 def schedule(requests: Iterable[Request], *, step_tokens: int) -> list[Scheduled]:
     """Rows that need a single token come first; the rest of `step_tokens` goes to prompts, oldest first.

@@ -22,7 +22,7 @@ from kvloom.engine.request import Row, Usage
 from kvloom.engine.retaining import dropped_tokens
 from kvloom.engine.rows import CachedRows
 from kvloom.errors import NumericalError
-from kvloom.models import Binding
+from kvloom.models import Binding, Source
 
 SOFTMAX_BYTES = 16 << 20
 """The most that the float32 log-softmax of some rows of logits takes at once."""
@@ -39,13 +39,16 @@ class Scored:
     usage: Usage
 
 
-def score_uncached(binding: Binding, prompt_ids: list[int], continuations: Sequence[list[int]]) -> Scored:
+def score_uncached(
+    binding: Binding, prompt_ids: list[int], continuations: Sequence[list[int]], *, source: Source | None = None
+) -> Scored:
     """Each continuation apart, by the model's own forward over the whole sequence."""
     start = time.perf_counter()
     logprobs = []
     for own in continuations:
         token_ids = torch.tensor([[*prompt_ids, *own[:-1]]], device=binding.device)
-        logprobs.append(_checked(token_logprobs(binding.forward_uncached(token_ids, last=len(own))[0], own)))
+        logits = binding.forward_uncached(token_ids, last=len(own), source=source)[0]
+        logprobs.append(_checked(token_logprobs(logits, own)))
     usage = Usage(
         prompt_tokens=len(prompt_ids),
         cached_prompt_tokens=0,
@@ -54,6 +57,8 @@ def score_uncached(binding: Binding, prompt_ids: list[int], continuations: Seque
         peak_blocks=0,
         peak_bytes=0,
         seconds=time.perf_counter() - start,
+        source_tokens=0 if source is None else source.tokens,
+        computed_source_tokens=0 if source is None else source.tokens * len(continuations),
     )
     return Scored(logprobs, usage)
 
@@ -65,6 +70,7 @@ class CachedScorer:
         prompt_ids: the whole prompt, the context's tokens included.
         continuations: token ids, each of at least one token.
         context: tables that hold the beginning of the prompt.
+        source: what the prompt is decoded from.
         step_tokens: the most tokens of a forward pass.
         retention: the settled policy of prompt and continuations.
     """
@@ -78,12 +84,13 @@ class CachedScorer:
         prompt_ids: list[int],
         continuations: Sequence[list[int]],
         context: Holding | None,
+        source: Source | None,
         step_tokens: int,
         retention: Retention | None = None,
     ) -> None:
         self._rows, self._cache, self._binding = rows, cache, binding
         self._prompt_ids, self._continuations, self._context = prompt_ids, continuations, context
-        self._step_tokens, self._retention = step_tokens, retention
+        self._source, self._step_tokens, self._retention = source, step_tokens, retention
         # The last token of a continuation is never run: nothing follows it.
         self._lengths = [len(own) - 1 for own in continuations]
         self._logprobs: list[list[float]] = [[] for _ in continuations]
@@ -97,7 +104,11 @@ class CachedScorer:
         for regime, members in self._regimes():
             context = self._context if regime == self._binding.regime(len(self._prompt_ids)) else None
             prompt = admission.worst_case(
-                prompt_tokens=len(self._prompt_ids), new_tokens=0, rows=1, context=context, retention=self._retention
+                prompt_tokens=len(self._prompt_ids),
+                rows=1,
+                context=context,
+                source=self._source,
+                retention=self._retention,
             )
             cases.append(tuple(own + more for own, more in zip(prompt, self._most_blocks(members), strict=True)))
         return tuple(max(group) for group in zip(*cases, strict=True))
@@ -105,10 +116,13 @@ class CachedScorer:
     def run(self) -> Scored:
         """Score them. Whatever happens, no table is left behind."""
         start = time.perf_counter()
-        found = computed = 0
+        found = computed = encoded = 0
         for _, members in self._regimes():
             becomes = len(self._prompt_ids) + self._lengths[members[0]]
-            prompt = self._rows.open(self._prompt_ids, self._context, becomes=becomes, retention=self._retention)
+            prompt = self._rows.open(
+                self._prompt_ids, self._context, becomes=becomes, source=self._source, retention=self._retention
+            )
+            encoded += prompt.encoded
             found += prompt.computed
             computed += prompt.pending
             try:
@@ -124,6 +138,8 @@ class CachedScorer:
             peak_bytes=self._peak_bytes,
             seconds=time.perf_counter() - start,
             dropped_tokens=self._dropped_tokens,
+            source_tokens=0 if self._source is None else self._source.tokens,
+            computed_source_tokens=encoded,
         )
         return Scored([_checked(own) for own in self._logprobs], usage)
 
@@ -152,7 +168,7 @@ class CachedScorer:
         for index, _ in work:
             if index not in live:
                 token_ids = [*self._prompt_ids, *self._continuations[index][:-1]]
-                live[index] = Row(token_ids, self._rows.fork_tables(prompt), prompt.regime)
+                live[index] = Row(token_ids, self._rows.fork_tables(prompt), prompt.regime, source=prompt.source)
         counts = [count for _, count in work]
         logits = self._rows.forward(
             [(live[index], count) for index, count in work],
@@ -181,6 +197,9 @@ class CachedScorer:
                 done[index] += count
             now = []
             for group in self._cache.groups:
+                if group.group.reach.cross:
+                    now.append(0)  # the prompt's, which all share
+                    continue
                 limit = group.group.reach.window_tokens or group.group.reach.chunk_tokens
                 kept = [done[i] if limit is None else min(done[i], limit + self._step_tokens + size) for i, _ in work]
                 now.append(sum(blocks_of(last + own, size) for own in kept))

@@ -79,6 +79,8 @@ def observe(
         raise UnsupportedModel(
             "this model's attention cannot be looked at: it is not reached through transformers' attention interface."
         )
+    if binding.encoder is not None:
+        raise UnsupportedModel("what is shown is the attention of causal models; this one decodes from a source.")
     token_ids = read_prompt(text, lm.tokenizer, vocab_size=lm.vocab_size)
     if not FEWEST <= len(token_ids) <= MOST:
         raise InvalidRequest(f"a picture needs {FEWEST} to {MOST} tokens, and the text has {len(token_ids)}.")

@@ -2,7 +2,25 @@
 
 from kvloom.models.attention_interface import AttentionInterfaceBinding
 from kvloom.models.binding import Binding, Regime
+from kvloom.models.cache_interface import CacheInterfaceBinding
+from kvloom.models.cached_callable import CachedCallableBinding
 from kvloom.models.callable import CallableBinding
+from kvloom.models.choosing import bind
+from kvloom.models.hosted import HostedModel
 from kvloom.models.operations import Operation
+from kvloom.models.paged_cache import PagedCache
+from kvloom.models.source import Source
 
-__all__ = ["AttentionInterfaceBinding", "Binding", "CallableBinding", "Operation", "Regime"]
+__all__ = [
+    "AttentionInterfaceBinding",
+    "Binding",
+    "CacheInterfaceBinding",
+    "CachedCallableBinding",
+    "CallableBinding",
+    "HostedModel",
+    "Operation",
+    "PagedCache",
+    "Regime",
+    "Source",
+    "bind",
+]

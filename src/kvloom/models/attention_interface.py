@@ -7,11 +7,8 @@ the model is as its owner left it, so the owner's own calls give the same bits a
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,24 +20,20 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvloom.attention import Plan, torch_ops
 from kvloom.attention.native import NativeAttention, kernels_for
 from kvloom.attention.turn import Turn
-from kvloom.cache import CacheLayout, LayerShape, Store
+from kvloom.cache import CacheLayout, Store
 from kvloom.errors import ModelError, UnsupportedModel
 from kvloom.models.binding import Regime
-from kvloom.models.identity import Identity, identify
+from kvloom.models.hosted import HostedModel
 from kvloom.models.looking import LOOK, Look, look
 from kvloom.models.native import NativePath
 from kvloom.models.operations import Operation, linear_operations
-from kvloom.models.packed import PackedLinears
-from kvloom.models.packings import choose_packing
 from kvloom.models.probe import PROBE, PROBE_TOKENS, Probe, run_probe
-from kvloom.models.rotary import RotaryRegimes
+from kvloom.models.ragged_decoder import ragged_inputs
+from kvloom.models.source import Source
 from kvloom.models.turning import TURNING, Recorded, prove_turns
 from kvloom.native import Library, native
 
 NAME = "kvloom"
-
-MOST_ROWS = 4_096
-"""More new tokens than a step ever has."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +68,12 @@ def _attention(
         )
     layer = kvloom.layer_of[module]
     plan = kvloom.plan.groups[kvloom.group_of_layer[layer]]
-    kvloom.store.write(layer, plan.write_slots, key[0], value[0])
+    if not plan.reach.cross:
+        kvloom.store.write(layer, plan.write_slots, key[0], value[0])
     queries, keys, values = query[0].transpose(0, 1), kvloom.store.keys[layer], kvloom.store.values[layer]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": s_aux}
-    if kvloom.native is not None and plan.reads_all:
+    if kvloom.native is not None and plan.reads_all and not plan.reach.cross:
         output = kvloom.native.attend(queries, keys, values, plan, **options)
     else:
         turn = None if kvloom.turns is None else kvloom.turns[layer]
@@ -94,8 +88,8 @@ def _attention(
 ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
 
 
-class AttentionInterfaceBinding:
-    """A causal language model of transformers whose attention goes through the interface.
+class AttentionInterfaceBinding(HostedModel):
+    """A language model of transformers whose attention goes through the interface.
 
     Args:
         model: in evaluation mode. Its weights, config and mode are left as they are.
@@ -109,88 +103,22 @@ class AttentionInterfaceBinding:
     """
 
     name = "transformers attention interface"
+    native: NativePath | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self._lock = threading.RLock()
-        self.dtype, self.device = _lies_as(model)
-        self.native: NativePath | None = None
-        self.check_ready()
-        _refuse_by_config(model)
-        self._text_config: Any = model.config.get_text_config(decoder=True)
+        super().__init__(model)
         self._configs = _configs_of(model, self._text_config)
-        self._rotary = RotaryRegimes(model)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.vocab_size = int(self.forward_own(torch.zeros((1, 1), dtype=torch.int64)).shape[-1])
-        self.max_tokens = self._find_max_tokens()
-        self.calls = run_probe(model, self._forward_probe, self.max_tokens or 32_768)
-        self.layers: tuple[LayerShape, ...] = tuple(call.shape for call in self.calls)
+        source = None if self.encoder is None else self.encoder.trial_source().tokens
+        self.calls = run_probe(model, self._forward_probe, self.max_tokens or 32_768, source=source)
         self._layer_of = {call.module: index for index, call in enumerate(self.calls)}
         self._group_of_layer: tuple[int, ...] | None = None
-        self.packed: PackedLinears | None = None
-        self._identity: tuple[bytes, Identity] | None = None
         self._turns: tuple[Turn | None, ...] | None = None
 
     def check_ready(self) -> None:
-        """Refuse training mode, gradient checkpointing, and a model that was moved since it was attached."""
-        dtype, device = _lies_as(self.model)
-        if (dtype, device) != (self.dtype, self.device):
-            raise UnsupportedModel(
-                f"the model was attached as {self.dtype} on {self.device}, and is {dtype} on {device} now. "
-                "Attach it again."
-            )
-        if any(module.training for module in self.model.modules()):
-            raise UnsupportedModel("the model is in training mode, so its output is random. Call model.eval() first.")
-        if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
-            raise UnsupportedModel(
-                "the model has gradient checkpointing switched on, under which transformers drops its cache. "
-                "Call model.gradient_checkpointing_disable() first."
-            )
+        """Refuse what `HostedModel` refuses, and look whether the model's layers are those that the kernels know."""
+        super().check_ready()
         if self.native is not None:
             self.native.look_again()
-
-    def fingerprint(self) -> bytes:
-        """Digest of where every weight lies, how often it was written in place, and of the active adapters.
-
-        Writing through `parameter.data` leaves no trace that PyTorch keeps: attach again after that.
-        """
-        digest = hashlib.blake2b(digest_size=16)
-        for parameter in self.model.parameters():
-            # Weights made under inference_mode count no writes, and can only be written under it.
-            writes = 0 if parameter.is_inference() else parameter._version
-            digest.update(f"{parameter.data_ptr()} {writes} ".encode())
-        digest.update(self._adapters().encode())
-        return digest.digest()
-
-    def identity(self) -> Identity:
-        """Digest of config, weights and active adapters, computed when first asked for and after a change."""
-        state = self.fingerprint()
-        if self._identity is None or self._identity[0] != state:
-            identity = identify(
-                self.model,
-                self.model.config,
-                adapters=self._adapters(),
-                plain_weight=None if self.packed is None else self.packed.plain_weight,
-                layers=len(self.layers),
-            )
-            self._identity = state, identity
-        return self._identity[1]
-
-    def _adapters(self) -> str:
-        """Which adapters are active, and how."""
-        # PEFT's layers; the method of the same name on a model needs PEFT to be installed.
-        names = ("active_adapters", "disable_adapters", "scaling")
-        return repr(
-            [
-                [getattr(module, name, None) for name in names]
-                for module in self.model.modules()
-                if isinstance(getattr(type(module), "active_adapters", None), property)
-            ]
-        )
-
-    def regime(self, tokens: int) -> Regime:
-        """Which rotary factors a sequence of that many tokens uses."""
-        return self._rotary.regime(tokens)
 
     def turns(self) -> tuple[Turn | None, ...]:
         """How each layer's queries turn with their positions, proven when first asked for."""
@@ -218,12 +146,9 @@ class AttentionInterfaceBinding:
             self._group_of_layer = store.layout.group_of_layer
         kernels = kernels_for(store.keys[0])
         step = _Step(kernels, plan, store, self._layer_of, self._group_of_layer, self._turns)
-        packed = nullcontext() if self.packed is None else self.packed.active()
-        with self._lock, self._attention_is(NAME), self._rotary.fixed(regime), packed:
+        with self._lock, self._attention_is(NAME), self._rotary.fixed(regime), self._packed():
             output = self.model(
-                input_ids=token_ids[None],
-                position_ids=plan.positions[None],
-                use_cache=False,
+                **self._inputs(token_ids, plan.positions),
                 kvloom=step,
                 **({"logits_to_keep": plan.logit_rows} if self._keeps_logits else {}),
             )
@@ -231,23 +156,27 @@ class AttentionInterfaceBinding:
         return logits if self._keeps_logits else logits[plan.logit_rows]
 
     @torch.no_grad()
-    def forward_uncached(self, token_ids: Tensor, *, last: int | None = 1, regime: Regime | None = None) -> Tensor:
+    def forward_uncached(
+        self, token_ids: Tensor, *, last: int | None = 1, regime: Regime | None = None, source: Source | None = None
+    ) -> Tensor:
         """Whole sequences by the same native operations as on the cache, where all are native; else the model's own."""
         fixed = self.regime(token_ids.shape[1]) if regime is None else regime
         with self._lock:
             if self.native is None or (whole := self.native.whole()) is None:
-                return self.forward_own(token_ids, last=last, regime=fixed)
+                return self.forward_own(token_ids, last=last, regime=fixed, source=source)
             with self._rotary.fixed(fixed):
                 return whole.forward_uncached(token_ids, last=last)
 
-    @torch.no_grad()
-    def forward_own(self, token_ids: Tensor, *, last: int | None = 1, regime: Regime | None = None) -> Tensor:
-        """The model's own forward, with its own attention: what everything else is compared with."""
-        keep = {"logits_to_keep": last or 0} if self._keeps_logits else {}
-        fixed = self.regime(token_ids.shape[1]) if regime is None else regime
-        with self._lock, self._rotary.fixed(fixed):
-            logits: Tensor = self.model(input_ids=token_ids.to(self.device), use_cache=False, **keep).logits
-        return logits if last is None else logits[:, -last:]
+    def _inputs(self, token_ids: Tensor, positions: Tensor) -> dict[str, Any]:
+        """One ragged row as the model takes it."""
+        if self.encoder is not None:
+            return ragged_inputs(self.model, token_ids, positions, [call.shape for call in self.calls])
+        return {"input_ids": token_ids[None], "position_ids": positions[None], "use_cache": False}
+
+    @property
+    def shows_attention(self) -> bool:
+        """True but for encoder-decoder models, whose decoders also attend to a source."""
+        return self.encoder is None
 
     @property
     def bit_identical(self) -> bool:
@@ -271,46 +200,46 @@ class AttentionInterfaceBinding:
 
     def pack(self, *, exclusive: bool) -> None:
         """Decode with packed copies of the linear layers; see `PackedLinears` for what `exclusive` does."""
-        packing = choose_packing() if self.device.type == "cpu" else None
-        self.packed = PackedLinears(self.model, packing, exclusive=exclusive)
+        super().pack(exclusive=exclusive)
         library = native()
-        if isinstance(library, Library) and self.device.type == "cpu" and self.dtype in library.dtypes:
+        assert self.packed is not None, "the weights were packed just now"
+        on_cpu = self.encoder is None and self.device.type == "cpu"
+        if isinstance(library, Library) and on_cpu and self.dtype in library.dtypes:
             layout = CacheLayout(layers=self.layers, dtype=self.dtype)
             self.native = NativePath(self.model, self.calls, self, layout, library, self.packed.weight_of)
 
     def operations(self) -> tuple[Operation, ...]:
         """The linear layers one by one, attention, and the small operations layer by layer."""
-        linear = linear_operations(self.model, self.packed)
         if self.native is None:
-            return (
-                *linear,
-                Operation("attention, norms, activations", False, "there are no native kernels for it here"),
-            )
-        return (*linear, Operation("attention", True), *self.native.operations())
+            return super().operations()
+        return (*linear_operations(self.model, self.packed), Operation("attention", True), *self.native.operations())
 
     def detach(self) -> None:
         """Put back weights that were given up; else, between two of our forward passes the model is its owner's."""
-        if self.packed is not None:
-            with self._lock:
-                self.native = None
-                self.packed.restore()
+        with self._lock:
+            self.native = None
+            super().detach()
 
     def _forward_probe(self, probe: Probe) -> None:
-        token_ids = torch.arange(PROBE_TOKENS, device=self.device)[None] % self.vocab_size
-        positions = torch.arange(PROBE_TOKENS, device=self.device)[None]
+        positions = torch.arange(PROBE_TOKENS, device=self.device)
+        if self.encoder is None:
+            inputs = self._inputs(positions % self.vocab_size, positions)
+        else:
+            # The encoder keeps its own attention, and runs before ours is set.
+            hidden = self.encoder.run(self.encoder.trial_source())
+            inputs = {"decoder_input_ids": positions[None] % self.vocab_size, "encoder_outputs": hidden}
         with (
             torch.no_grad(),
             self._lock,
             self._attention_is(PROBE),
             self._rotary.fixed(self.regime(PROBE_TOKENS)),
         ):
-            self.model(input_ids=token_ids, position_ids=positions, use_cache=False, kvloom=probe)
+            self.model(**inputs, kvloom=probe)
 
     @torch.no_grad()
     def _forward_turning(self, positions: Tensor, recorded: Recorded) -> Tensor:
         token_ids = torch.full((1, len(positions)), min(1, self.vocab_size - 1), device=self.device)
-        packed = nullcontext() if self.packed is None else self.packed.active()
-        with self._lock, self._attention_is(TURNING), packed:
+        with self._lock, self._attention_is(TURNING), self._packed():
             output = self.model(
                 input_ids=token_ids, position_ids=positions[None].to(self.device), use_cache=False, kvloom=recorded
             )
@@ -329,18 +258,6 @@ class AttentionInterfaceBinding:
             for config, own in zip(self._configs, saved, strict=True):
                 config._attn_implementation_internal = own
 
-    def _find_max_tokens(self) -> int | None:
-        """The trained context; dynamic rotary factors are made to stretch it by their factor."""
-        trained = getattr(self._text_config, "max_position_embeddings", None)
-        if trained is None:
-            return None
-        # A temperature by row index is right as long as it is that of the first interval, as for every short row.
-        late = [scale for scale in row_scales(self.model) if scale > MOST_ROWS]
-        trained = min([trained, *(scale - 1 for scale in late)])
-        parameters = getattr(self._text_config, "rope_parameters", None) or {}
-        stretch = parameters.get("factor", 1.0) if "dynamic" in str(parameters.get("rope_type")) else 1.0
-        return int(trained * stretch)
-
 
 def _is_plain(plan: Plan, store: Store, dtype: torch.dtype) -> bool:
     """Whether a step does nothing but write keys and values and attend to all that the tables hold.
@@ -353,26 +270,6 @@ def _is_plain(plan: Plan, store: Store, dtype: torch.dtype) -> bool:
         and not any(group.retains for group in plan.groups)
         and all(bounds is None for bounds in store.bounds)
     )
-
-
-def _lies_as(model: PreTrainedModel) -> tuple[torch.dtype, torch.device]:
-    """Dtype and device of the weights; those that were given up for packed copies are on no device."""
-    return model.dtype, next(torch.device(own.device) for own in model.parameters() if own.device.type != "meta")
-
-
-def row_scales(model: nn.Module) -> list[int]:
-    """Row indices at which an attention layer changes its temperature (Llama 4), which should count positions."""
-    tuned = [module for module in model.modules() if getattr(module, "attn_temperature_tuning", False)]
-    return [int(getattr(module, "floor_scale", 0)) for module in tuned]
-
-
-def _refuse_by_config(model: PreTrainedModel) -> None:
-    if model.config.is_encoder_decoder:
-        raise UnsupportedModel(f"{type(model).__name__} is an encoder-decoder model, which is not supported yet.")
-    if model.get_output_embeddings() is None:
-        raise UnsupportedModel(f"{type(model).__name__} has no language-modelling head, so it gives no logits.")
-    if getattr(model, "_is_stateful", False):
-        raise UnsupportedModel(f"{type(model).__name__} keeps a recurrent state, which a key/value cache cannot hold.")
 
 
 def _configs_of(model: PreTrainedModel, text_config: Any) -> list[Any]:

@@ -11,8 +11,10 @@ from torch import Tensor
 from kvloom.attention import Plan
 from kvloom.attention.turn import Turn
 from kvloom.cache import LayerShape, Store
+from kvloom.models.encoder import Encoder
 from kvloom.models.identity import Identity
 from kvloom.models.operations import Operation
+from kvloom.models.source import Source
 
 # What the rotary factors of a sequence depend on besides positions; rows of unlike regimes run apart.
 Regime = Hashable
@@ -51,6 +53,11 @@ class Binding(Protocol):
         """What each attention layer keeps; empty if the model cannot use a cache."""
         ...
 
+    @property
+    def encoder(self) -> Encoder | None:
+        """What reads sources, of an encoder-decoder model; None for a causal model."""
+        ...
+
     def check_ready(self) -> None:
         """Raise `UnsupportedModel` if the model is in a state in which it cannot be decoded (training mode)."""
         ...
@@ -65,6 +72,11 @@ class Binding(Protocol):
 
     def regime(self, tokens: int) -> Regime:
         """The regime of a sequence of that many tokens; a sequence whose regime changes is computed anew."""
+        ...
+
+    @property
+    def shows_attention(self) -> bool:
+        """Whether a retention policy can be honoured: whether attention is ours, over one sequence."""
         ...
 
     def turns(self) -> tuple[Turn | None, ...]:
@@ -86,20 +98,29 @@ class Binding(Protocol):
         """
         ...
 
-    def forward_uncached(self, token_ids: Tensor, *, last: int | None = 1, regime: Regime | None = None) -> Tensor:
+    def encode(self, source: Source, store: Store, slots: Tensor) -> None:
+        """Put the keys and values of a source into int64[source.tokens] slots of every cross-attention layer."""
+        ...
+
+    def forward_uncached(
+        self, token_ids: Tensor, *, last: int | None = 1, regime: Regime | None = None, source: Source | None = None
+    ) -> Tensor:
         """Whole sequences, computed anew: nothing is read from a cache, nothing is kept.
 
         Args:
             token_ids: int64[batch, tokens], sequences of equal length.
             last: of how many last tokens logits are wanted; None for all.
             regime: by default that of the length.
+            source: what all the sequences are decoded from; an encoder reads it anew each time.
 
         Returns:
             logits, float[batch, last, vocab].
         """
         ...
 
-    def forward_own(self, token_ids: Tensor, *, last: int | None = 1, regime: Regime | None = None) -> Tensor:
+    def forward_own(
+        self, token_ids: Tensor, *, last: int | None = 1, regime: Regime | None = None, source: Source | None = None
+    ) -> Tensor:
         """The same by the model's own forward: the independent reference. See `forward_uncached`."""
         ...
 

@@ -12,8 +12,10 @@ from kvloom.attention.turn import Turn
 from kvloom.cache import LayerShape, Store
 from kvloom.errors import UnsupportedModel
 from kvloom.models.binding import Regime
+from kvloom.models.encoder import Encoder
 from kvloom.models.identity import Identity
 from kvloom.models.operations import Operation
+from kvloom.models.source import Source
 
 
 class CallableBinding:
@@ -28,6 +30,8 @@ class CallableBinding:
 
     name = "callable, uncached"
     layers: tuple[LayerShape, ...] = ()
+    shows_attention = False
+    encoder: Encoder | None = None
 
     def __init__(
         self,
@@ -68,8 +72,14 @@ class CallableBinding:
         """Never called: a binding without layers has no plan."""
         raise AssertionError("a callable has no cached forward; the engine must use forward_uncached")
 
+    def encode(self, source: Source, store: Store, slots: Tensor) -> None:
+        """Never called: a callable has no encoder that is known."""
+        raise AssertionError("a callable decodes from no source")
+
     @torch.no_grad()
-    def forward_uncached(self, token_ids: Tensor, *, last: int | None = 1, regime: Regime | None = None) -> Tensor:
+    def forward_uncached(
+        self, token_ids: Tensor, *, last: int | None = 1, regime: Regime | None = None, source: Source | None = None
+    ) -> Tensor:
         """Call the function and check the shape of what it returns."""
         logits = self._function(token_ids)
         expected = (*token_ids.shape, self.vocab_size)
@@ -81,7 +91,9 @@ class CallableBinding:
             )
         return logits if last is None else logits[:, -last:]
 
-    def forward_own(self, token_ids: Tensor, *, last: int | None = 1, regime: Regime | None = None) -> Tensor:
+    def forward_own(
+        self, token_ids: Tensor, *, last: int | None = 1, regime: Regime | None = None, source: Source | None = None
+    ) -> Tensor:
         """The function is all there is."""
         return self.forward_uncached(token_ids, last=last, regime=regime)
 

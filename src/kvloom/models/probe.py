@@ -58,19 +58,29 @@ class AttentionCall:
 
 @dataclass
 class Probe:
-    """Collects the calls of one trial pass; travels to the attention function as a keyword argument."""
+    """Collects the calls of one trial pass; travels to the attention function as a keyword argument.
+
+    Attributes:
+        source: length of the source that a decoder's cross-attention attends to; None if there is none.
+    """
 
     names: dict[nn.Module, str]
     max_tokens: int
+    source: int | None
     calls: list[AttentionCall] = field(default_factory=list)
 
 
-def run_probe(model: nn.Module, forward: Callable[..., Any], max_tokens: int) -> tuple[AttentionCall, ...]:
+def run_probe(
+    model: nn.Module, forward: Callable[..., Any], max_tokens: int, *, source: int | None = None
+) -> tuple[AttentionCall, ...]:
     """One trial pass. `forward` runs the model with the probe's attention; returns its calls in order.
+
+    Args:
+        source: length of the source that the pass decodes from, if there is one; not that of the decoder's row.
 
     Raises `UnsupportedModel` if the model does not use the interface, or uses it in a way that is not supported.
     """
-    probe = Probe({module: name for name, module in model.named_modules()}, max_tokens)
+    probe = Probe({module: name for name, module in model.named_modules()}, max_tokens, source)
     forward(probe)
     if not probe.calls:
         raise UnsupportedModel(
@@ -100,9 +110,11 @@ def _probe_attention(
         )
     name = kvloom.names.get(module, type(module).__name__)
     _refuse_unknown(name, options)
-    if getattr(module, "is_causal", True) is False:
+    causal = getattr(module, "is_causal", True) is not False
+    cross = key.shape[2] == kvloom.source and (not causal or key.shape[2] != query.shape[2])
+    if not cross and not causal:
         raise UnsupportedModel(f"`{name}` attends in both directions; only causal attention can be cached.")
-    if key.shape[2] != query.shape[2]:
+    if not cross and key.shape[2] != query.shape[2]:
         raise UnsupportedModel(f"`{name}` attends to other tokens than the input (cross-attention).")
     if query.shape[1] % key.shape[1]:
         raise UnsupportedModel(f"`{name}` has {query.shape[1]} query heads for {key.shape[1]} key heads.")
@@ -110,7 +122,9 @@ def _probe_attention(
         kv_heads=key.shape[1],
         key_dim=key.shape[3],
         value_dim=value.shape[3],
-        reach=_reach(name, attention_mask, options.get("sliding_window"), kvloom.max_tokens),
+        reach=Reach(cross=True)
+        if cross
+        else _reach(name, attention_mask, options.get("sliding_window"), kvloom.max_tokens),
     )
     kvloom.calls.append(AttentionCall(module, name, shape))
     output = value.mean(dim=(1, 2), keepdim=True).expand(-1, query.shape[2], query.shape[1], -1)

@@ -14,16 +14,18 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from kvloom.attention import build_plan
-from kvloom.cache import CachedSequence, CacheLayout, KVCache
+from kvloom.attention import Plan, build_plan
+from kvloom.cache import CachedSequence, CacheLayout, KVCache, place_source
 from kvloom.errors import AttachMismatch, UnsupportedModel
-from kvloom.models.attention_interface import MOST_ROWS, AttentionInterfaceBinding, row_scales
-from kvloom.models.binding import Regime
+from kvloom.models.binding import Binding, Regime
+from kvloom.models.hosted import MOST_ROWS, WINDOW_FIELDS, HostedModel
+from kvloom.models.probe import AttentionCall
+from kvloom.models.source import Source
 
 # Largest relative error of a row, by dtype. A model that is attached wrongly misses by some 10 to 100 per cent.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
@@ -32,6 +34,8 @@ TIES_QUANTILE = 0.75
 
 CHECK_TOKENS = 44
 DECODED_TOKENS = 2
+SOURCE_TOKENS = (13, 6)
+"""Of the two sources of an encoder-decoder model: neither is a number of whole blocks."""
 SMALL_WINDOW = 8
 BLOCK_TOKENS = 4
 LOGITS = "the logits"
@@ -44,7 +48,25 @@ class _Trace:
     rows: dict[str, Tensor]  # what it is -> [tokens, hidden]
 
 
-def prove(binding: AttentionInterfaceBinding) -> float:
+class Provable(Binding, Protocol):
+    """A binding whose cached output can be compared with its own."""
+
+    calls: tuple[AttentionCall, ...]
+
+    def windows(self) -> set[int]:
+        """The limits of all windows and chunks, as far as they are known."""
+        ...
+
+    def early_scales(self) -> bool:
+        """Whether a layer changes its temperature within the rows of a step."""
+        ...
+
+    def run_order(self, plan: Plan) -> list[int]:
+        """The order in which `forward` runs the rows of a plan."""
+        ...
+
+
+def prove(binding: Provable) -> float:
     """Compare cached with uncached output; returns the largest relative error seen.
 
     Raises `AttachMismatch` with the first layer that differs beyond the tolerance.
@@ -53,17 +75,16 @@ def prove(binding: AttentionInterfaceBinding) -> float:
     if tokens < 12:
         raise UnsupportedModel(f"the model's context of {binding.max_tokens} tokens is too short to be checked.")
     subject = binding
-    early_scales = [scale for scale in row_scales(binding.model) if scale <= MOST_ROWS]
-    if any(_limit(call.shape.reach) > tokens // 2 for call in binding.calls) or early_scales:
+    if any(limit > tokens // 2 for limit in binding.windows()) or binding.early_scales():
         subject = _with_small_windows(binding)
-    sequences = _random_sequences(subject.vocab_size, tokens)
+    sequences = _random_sequences(subject, tokens)
     regime = subject.regime(tokens)
     own = [_run_uncached(subject, sequence, regime) for sequence in sequences]
     cached = _run_cached(subject, sequences, own)
     return max(_compare(subject, *traces) for traces in zip(own, cached, strict=True))
 
 
-def check_bytes(binding: AttentionInterfaceBinding) -> int:
+def check_bytes(binding: HostedModel) -> int:
     """About how much memory `prove` takes besides weights: all that it records, and one comparison of logits.
 
     Each layer's input and output and the logits are recorded for every token of three sequences, without the cache
@@ -75,26 +96,37 @@ def check_bytes(binding: AttentionInterfaceBinding) -> int:
     return recorded * binding.dtype.itemsize + 4 * tokens * binding.vocab_size * torch.float32.itemsize
 
 
-def _random_sequences(vocab_size: int, tokens: int) -> list[list[int]]:
+@dataclass(frozen=True)
+class _Sequence:
+    """Token ids, and what they are decoded from where there is an encoder."""
+
+    token_ids: list[int]
+    source: Source | None
+
+
+def _random_sequences(binding: Provable, tokens: int) -> list[_Sequence]:
     """A long sequence, a shorter one, and a fork of the long one with an ending of its own."""
     generator = torch.Generator().manual_seed(20_26)
     long, short, ending = (
-        torch.randint(vocab_size, (count,), generator=generator).tolist()
+        torch.randint(binding.vocab_size, (count,), generator=generator).tolist()
         for count in (tokens, tokens // 2, DECODED_TOKENS)
     )
-    return [long, short, long[:-DECODED_TOKENS] + ending]
+    sources: list[Source | None] = [None, None]
+    if binding.encoder is not None:
+        sources = [binding.encoder.random_source(generator, tokens=count) for count in SOURCE_TOKENS]
+    fork = long[:-DECODED_TOKENS] + ending
+    return [_Sequence(own, sources[index]) for own, index in ((long, 0), (short, 1), (fork, 0))]
 
 
-def _run_cached(binding: AttentionInterfaceBinding, sequences: list[list[int]], own: list[_Trace]) -> list[_Trace]:
+def _run_cached(binding: Provable, sequences: list[_Sequence], own: list[_Trace]) -> list[_Trace]:
     """The schedule of the check: chunk and whole, chunk, fork, two decode steps of three rows."""
-    long, short, fork = sequences
-    cache = KVCache(
-        layout := CacheLayout(layers=binding.layers, dtype=binding.dtype, block_tokens=BLOCK_TOKENS),
-        budget_bytes=layout.bytes_per_row_of_blocks * 64,
-        device=binding.device,
-    )
+    long, short, fork = (sequence.token_ids for sequence in sequences)
+    longest = max((own.source.tokens for own in sequences if own.source), default=0)
+    layout = CacheLayout(layers=binding.layers, dtype=binding.dtype, block_tokens=BLOCK_TOKENS)
+    blocks = max(64, 2 * layout.blocks_of(longest))
+    cache = KVCache(layout, budget_bytes=layout.bytes_per_row_of_blocks * blocks, device=binding.device)
     runner = _Runner(binding, cache, sequences, own)
-    a, b = cache.open(), cache.open()
+    a, b = runner.open(0), runner.open(1)
     middle = len(long) // 2 + 1
     runner.step([(0, a, middle), (1, b, len(short) - DECODED_TOKENS)])
     runner.step([(0, a, len(long) - DECODED_TOKENS - middle)])
@@ -109,26 +141,33 @@ def _run_cached(binding: AttentionInterfaceBinding, sequences: list[list[int]], 
 class _Runner:
     """Runs steps on the cache and files every row under its sequence."""
 
-    def __init__(
-        self, binding: AttentionInterfaceBinding, cache: KVCache, sequences: list[list[int]], own: list[_Trace]
-    ) -> None:
+    def __init__(self, binding: Provable, cache: KVCache, sequences: list[_Sequence], own: list[_Trace]) -> None:
         self._binding = binding
         self._cache = cache
         self._sequences = sequences
         self._own = own
-        self._regime = binding.regime(len(sequences[0]))
+        self._regime = binding.regime(len(sequences[0].token_ids))
         self._rows: list[dict[str, list[Tensor]]] = [{} for _ in sequences]
+
+    def open(self, index: int) -> CachedSequence:
+        """An empty sequence, whose source is encoded."""
+        sequence = self._cache.open()
+        source = self._sequences[index].source
+        if source is not None:
+            slots = torch.from_numpy(place_source(self._cache, sequence, source.tokens)).to(self._binding.device)
+            self._binding.encode(source, self._cache.store, slots)
+        return sequence
 
     def step(self, requests: list[tuple[int, CachedSequence, int]]) -> None:
         extension = self._cache.extend([(sequence, count) for _, sequence, count in requests])
         plan = build_plan(self._cache, extension, logits=[count for *_, count in requests], device=self._binding.device)
         new = [(index, slice(sequence.tokens - count, sequence.tokens)) for index, sequence, count in requests]
-        token_ids = [token for index, tokens in new for token in self._sequences[index][tokens]]
+        token_ids = [token for index, tokens in new for token in self._sequences[index].token_ids[tokens]]
         own = {
             name: torch.cat([self._own[index].rows[name][tokens] for index, tokens in new])
             for name in self._own[0].rows
         }
-        with _recorded(self._binding, own) as rows:
+        with _recorded(self._binding, own, self._binding.run_order(plan)) as rows:
             rows[LOGITS] = self._binding.forward(
                 torch.tensor(token_ids, device=self._binding.device),
                 plan,
@@ -149,33 +188,38 @@ class _Runner:
         return [_Trace({name: torch.cat(parts) for name, parts in rows.items()}) for rows in self._rows]
 
 
-def _run_uncached(binding: AttentionInterfaceBinding, tokens: list[int], regime: Regime) -> _Trace:
+def _run_uncached(binding: Provable, sequence: _Sequence, regime: Regime) -> _Trace:
+    token_ids = torch.tensor([sequence.token_ids], device=binding.device)
     with _recorded(binding) as rows:
-        logits = binding.forward_own(torch.tensor([tokens], device=binding.device), last=None, regime=regime)
+        logits = binding.forward_own(token_ids, last=None, regime=regime, source=sequence.source)
         rows[LOGITS] = logits[0]
     return _Trace(rows)
 
 
 @contextmanager
 def _recorded(
-    binding: AttentionInterfaceBinding, given: dict[str, Tensor] | None = None
+    binding: Provable, given: dict[str, Tensor] | None = None, order: list[int] | None = None
 ) -> Iterator[dict[str, Tensor]]:
     """Within the block, what goes into and comes out of each attention module is kept, [tokens, hidden].
 
     Args:
         given: what the modules are handed instead of the input that was kept.
+        order: of the rows, if a binding runs them in several passes; by default as they are.
     """
     rows: dict[str, Tensor] = {}
+    passes: dict[str, list[Tensor]] = {}
 
     def before(name: str) -> Any:
         def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
             hidden = named.get("hidden_states", inputs[0] if inputs else None)
             if not isinstance(hidden, Tensor) or hidden.dim() != 3:
                 return None
-            rows[name] = hidden.flatten(0, -2).detach()
+            done = sum(map(len, passes.setdefault(name, [])))
+            passes[name].append(hidden.flatten(0, -2).detach())
             if given is None:
                 return None
-            own = given[name].view_as(hidden)
+            now = slice(done, done + len(passes[name][-1]))
+            own = given[name][now if order is None else order[now]].view_as(hidden)
             if "hidden_states" in named:
                 return inputs, named | {"hidden_states": own}
             return (own, *inputs[1:]), named
@@ -184,7 +228,8 @@ def _recorded(
 
     def after(name: str) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            rows[name] = (output[0] if isinstance(output, tuple) else output).flatten(0, -2).detach()
+            own = (output[0] if isinstance(output, tuple) else output).flatten(0, -2).detach()
+            passes.setdefault(name, []).append(own)
 
         return hook
 
@@ -197,9 +242,18 @@ def _recorded(
     finally:
         for handle in handles:
             handle.remove()
+        logits = rows.pop(LOGITS, None)
+        for name, parts in passes.items():
+            rows[name] = torch.cat(parts)
+            if order is not None:
+                rows[name] = torch.empty_like(rows[name]).index_copy_(
+                    0, torch.tensor(order, device=rows[name].device), rows[name]
+                )
+        if logits is not None:
+            rows[LOGITS] = logits
 
 
-def _compare(binding: AttentionInterfaceBinding, own: _Trace, cached: _Trace) -> float:
+def _compare(binding: Provable, own: _Trace, cached: _Trace) -> float:
     """The largest relative error; raises at the first layer beyond the tolerance."""
     tolerance = TOLERANCE.get(binding.dtype, TOLERANCE[torch.bfloat16])
     attention = {f"`{call.name}`" for call in binding.calls}
@@ -228,12 +282,9 @@ def _error_but_for_ties(errors: Tensor) -> Tensor:
     return torch.maximum(errors.quantile(TIES_QUANTILE), errors[-DECODED_TOKENS:].min())
 
 
-def _limit(reach: Any) -> int:
-    return int(reach.window_tokens or reach.chunk_tokens or 0)
-
-
-def _with_small_windows(binding: AttentionInterfaceBinding) -> AttentionInterfaceBinding:
+def _with_small_windows(binding: Provable) -> HostedModel:
     """The same weights under a config and modules whose windows or chunks are `SMALL_WINDOW` tokens."""
+    assert isinstance(binding, HostedModel), "only of a model of transformers windows are known"
     model = binding.model
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     try:
@@ -242,19 +293,19 @@ def _with_small_windows(binding: AttentionInterfaceBinding) -> AttentionInterfac
         raise UnsupportedModel(
             f"{type(model).__name__} has windows longer than the check, and cannot be copied to check them: {error}"
         ) from error
-    large = {_limit(call.shape.reach) for call in binding.calls} - {0}
+    large = binding.windows()
     for holder in [
         *twin.modules(),
         *(module.config for module in twin.modules() if hasattr(module, "config")),
     ]:
-        for attribute in ("sliding_window", "attention_chunk_size", "window_size"):
+        for attribute in WINDOW_FIELDS:
             if getattr(holder, attribute, None) in large:
                 setattr(holder, attribute, SMALL_WINDOW)
     for module in twin.modules():
         if getattr(module, "attn_temperature_tuning", False) and int(getattr(module, "floor_scale", 0)) <= MOST_ROWS:
             module.floor_scale = SMALL_WINDOW
-    small = AttentionInterfaceBinding(twin)
-    if any(_limit(call.shape.reach) > SMALL_WINDOW for call in small.calls):
+    small = type(binding)(twin)
+    if any(limit > SMALL_WINDOW for limit in small.windows()):
         raise UnsupportedModel(
             f"{type(model).__name__} has windows longer than the check, and they cannot be made smaller to check them."
         )

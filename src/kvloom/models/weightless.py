@@ -16,10 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+)
 
 from kvloom.errors import KVLoomError, UnsupportedModel
-from kvloom.models.attention_interface import AttentionInterfaceBinding
+from kvloom.models.choosing import bind
+from kvloom.models.hosted import HostedModel
 
 
 class Fakes(FakeTensorMode):
@@ -44,28 +49,36 @@ class Weightless:
         fakes: within `with fakes:`, new tensors have no memory either.
     """
 
-    binding: AttentionInterfaceBinding
+    binding: HostedModel
     fakes: Fakes
 
 
+def auto_class(config: Any) -> Any:
+    """The class of transformers that makes a language model of a config: causal, or decoding from text or speech."""
+    if getattr(config, "is_encoder_decoder", False):
+        if config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+            return AutoModelForSeq2SeqLM
+        if config.model_type in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES:
+            return AutoModelForSpeechSeq2Seq
+    return AutoModelForCausalLM
+
+
 def build_weightless(config: Any, dtype: torch.dtype) -> Weightless:
-    """The causal language model of a transformers config, as loading it in `dtype` would make it.
+    """The language model of a transformers config, as loading it in `dtype` would make it.
 
     Raises:
         UnsupportedModel: as attaching the real model would, as far as shapes and masks tell.
     """
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModel(f"a {config.model_type} model is an encoder-decoder model, which is not supported yet.")
     fakes = Fakes()
     try:
         with fakes, torch.no_grad():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+            model = auto_class(config).from_config(config, dtype=dtype).eval()
             _keep_in_float32(model, dtype)
     except (ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UnsupportedModel(f"the config describes no causal language model that can be built: {reason}") from error
+        raise UnsupportedModel(f"the config describes no language model that can be built: {reason}") from error
     with following_shapes(model):
-        return Weightless(AttentionInterfaceBinding(model), fakes)
+        return Weightless(bind(model, proving=False), fakes)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from typing import Any, Protocol
 
 import torch
@@ -17,10 +18,12 @@ from kvloom.cache.retention import Retention
 from kvloom.engine import Engine
 from kvloom.engine.planner import worst_case_blocks
 from kvloom.errors import InvalidRequest, NumericalError
+from kvloom.models import Binding
 from kvloom.prompts import read_prompts
+from kvloom.sources import Prompt, read_sources
 from kvloom.verify.compare import Comparison, Decoded, Watch, compare_beams, compare_sequences, worst
 from kvloom.verify.report import Check, Report
-from kvloom.verify.samples import Shape, choose_prompts
+from kvloom.verify.samples import Shape, choose_prompts, choose_sources
 
 NUM_BEAMS = 4
 DEFAULT_NEW_TOKENS = 24
@@ -75,21 +78,19 @@ def verify(
     began = time.perf_counter()
     binding = engine.binding
     shape = _shape(engine, max_new_tokens)
-    if prompts is None:
-        token_ids = choose_prompts(tokenizer, vocab_size=binding.vocab_size, shape=shape, seed=seed)
-    else:
-        token_ids = read_prompts(prompts, tokenizer, vocab_size=binding.vocab_size).token_ids
+    read = _read(prompts, tokenizer, binding, shape, seed)
     checks: tuple[Check, ...] = ()
     told = None
     if engine.cache is not None:
-        compared = _Checks(_Runs(make, engine, token_ids, shape, seed, on_progress))
+        compared = _Checks(_Runs(make, engine, read, shape, seed, on_progress))
         checks = compared.all()
         told = None if retention is None else compared.retained(retention)
     return Report(
         binding=binding.name,
         dtype=str(binding.dtype).removeprefix("torch."),
         device=str(binding.device),
-        prompt_tokens=tuple(len(own) for own in token_ids),
+        prompt_tokens=tuple(len(own.token_ids) for own in read),
+        source_tokens=tuple(own.source.tokens for own in read if own.source is not None),
         max_new_tokens=shape.new_tokens,
         seed=seed,
         num_beams=NUM_BEAMS,
@@ -119,6 +120,20 @@ def _shape(engine: Engine, max_new_tokens: int | None) -> Shape:
     return Shape(new_tokens=new_tokens, longest_prompt=longest, block_tokens=block_tokens)
 
 
+def _read(prompts: Any, tokenizer: Any, binding: Binding, shape: Shape, seed: int) -> list[Prompt]:
+    """The prompts to be decoded. Of an encoder-decoder model they are sources, each behind some random tokens."""
+    if binding.encoder is None:
+        if prompts is not None:
+            return [Prompt(own) for own in read_prompts(prompts, tokenizer, vocab_size=binding.vocab_size).token_ids]
+        return [Prompt(own) for own in choose_prompts(tokenizer, vocab_size=binding.vocab_size, shape=shape, seed=seed)]
+    begun = choose_prompts(None, vocab_size=binding.vocab_size, shape=shape, seed=seed)
+    if prompts is None:
+        sources = choose_sources(tokenizer, binding.encoder, shape=shape, seed=seed)
+    else:
+        sources, _ = read_sources(prompts, tokenizer, binding.encoder)
+    return [Prompt(own, source) for own, source in zip(cycle(begun), sources, strict=False)]
+
+
 class _Runs:
     """Decodes the prompts in every way that is to be compared."""
 
@@ -126,7 +141,7 @@ class _Runs:
         self,
         make: Callable[[Engine], Decodes],
         engine: Engine,
-        prompts: list[list[int]],
+        prompts: list[Prompt],
         shape: Shape,
         seed: int,
         on_progress: Progress | None,
@@ -143,7 +158,7 @@ class _Runs:
         self._on_progress = on_progress
         self._done = 0
 
-    def decode(self, lm: Decodes, prompt: list[int], **options: Any) -> Decoded:
+    def decode(self, lm: Decodes, prompt: Prompt, **options: Any) -> Decoded:
         """The one sequence of a prompt."""
         return self._sequences(lm.generate, [prompt], options)[0][0]
 
@@ -151,17 +166,17 @@ class _Runs:
         """Greedy output of all prompts, decoded together."""
         return [own for (own,) in self._sequences(lm.generate, self.prompts, {"do_sample": False})]
 
-    def search(self, lm: Decodes, prompt: list[int], **options: Any) -> tuple[list[Decoded], Watch]:
+    def search(self, lm: Decodes, prompt: Prompt, **options: Any) -> tuple[list[Decoded], Watch]:
         """All hypotheses of a beam search, and what it saw."""
         watch = Watch()
         beams = {"num_beams": NUM_BEAMS, "num_return_sequences": NUM_BEAMS, "logits_processor": [watch]}
         return self._sequences(lm.beam_search, [prompt], beams | options)[0], watch
 
-    def own_forward(self, prompt: list[int], follows: Decoded) -> Decoded:
+    def own_forward(self, prompt: Prompt, follows: Decoded) -> Decoded:
         """What the model's own forward would choose after each token of a sequence, were it there."""
         binding = self._engine.binding
-        token_ids = torch.tensor([[*prompt, *follows.token_ids[:-1]]], device=binding.device)
-        logits = binding.forward_own(token_ids, last=len(follows.token_ids))[0].float().cpu()
+        token_ids = torch.tensor([[*prompt.token_ids, *follows.token_ids[:-1]]], device=binding.device)
+        logits = binding.forward_own(token_ids, last=len(follows.token_ids), source=prompt.source)[0].float().cpu()
         chosen = logits.argmax(dim=-1)
         logprobs = torch.log_softmax(logits, dim=-1).gather(1, chosen[:, None])[:, 0]
         return Decoded(
@@ -172,10 +187,10 @@ class _Runs:
         """The user's model, to be run with `use_cache=False`."""
         return self._make(self._engine)
 
-    def cached(self, *prompts: list[int], rows: int = 1, step_tokens: int | None = None) -> Decodes:
+    def cached(self, *prompts: Prompt, rows: int = 1, step_tokens: int | None = None) -> Decodes:
         """The model on a cold cache that holds just these prompts; a prompt is one chunk unless told otherwise."""
-        step_tokens = step_tokens or sum(map(len, prompts))
-        worst = [self._worst_case(len(prompt), rows, step_tokens) for prompt in prompts]
+        step_tokens = step_tokens or sum(len(prompt.token_ids) for prompt in prompts)
+        worst = [self._worst_case(prompt, rows, step_tokens) for prompt in prompts]
         blocks = max(sum(group) for group in zip(*worst, strict=True))
         return self._make(
             Engine(
@@ -187,12 +202,13 @@ class _Runs:
             )
         )
 
-    def _worst_case(self, prompt_tokens: int, rows: int, step_tokens: int) -> tuple[int, ...]:
+    def _worst_case(self, prompt: Prompt, rows: int, step_tokens: int) -> tuple[int, ...]:
         """Blocks that a request can come to hold in each layer group, whether or not its rows share the prompt."""
         shared, apart = (
             worst_case_blocks(
                 self._layout,
-                prompt_tokens=prompt_tokens,
+                prompt_tokens=len(prompt.token_ids),
+                source_tokens=0 if prompt.source is None else prompt.source.tokens,
                 new_tokens=self.shape.new_tokens,
                 rows=rows,
                 step_tokens=step_tokens,
@@ -209,12 +225,16 @@ class _Runs:
         self._done += 1
 
     def _sequences(
-        self, call: Callable[..., Any], prompts: list[list[int]], options: dict[str, Any]
+        self, call: Callable[..., Any], prompts: list[Prompt], options: dict[str, Any]
     ) -> list[list[Decoded]]:
         """Decode, and keep numbers only: a `Generation` would keep its cache alive."""
-        fixed = {"max_new_tokens": self.shape.new_tokens, "eos_token_id": None, "output_logits": True}
+        fixed: dict[str, Any] = {"max_new_tokens": self.shape.new_tokens, "eos_token_id": None, "output_logits": True}
+        passed: list[Any] = [own.token_ids for own in prompts]
+        if self._engine.binding.encoder is not None:
+            fixed["decoder_input_ids"] = passed
+            passed = [own.source.token_ids or own.source.inputs for own in prompts if own.source is not None]
         try:
-            results = call(prompts, **fixed, **options)
+            results = call(passed, **fixed, **options)
         except NumericalError:
             if options.get("use_cache") is False:
                 raise
@@ -293,7 +313,8 @@ class _Checks:
     def warm_prefix(self) -> Check:
         """The same prompt again, on the cache that holds it."""
         found = sum(own.cached_prompt_tokens for own in self._warm)
-        detail = f"{found} of {sum(map(len, self._runs.prompts))} prompt tokens found in the cache"
+        total = sum(len(prompt.token_ids) for prompt in self._runs.prompts)
+        detail = f"{found} of {total} prompt tokens found in the cache"
         return self._compare("greedy", ("cold", "warm prefix"), self._cold, self._warm, detail)
 
     def chunks(self) -> Check:
@@ -301,9 +322,9 @@ class _Checks:
         runs, others = self._runs, []
         for prompt in runs.prompts:
             runs.tell("greedy, in chunks")
-            step_tokens = runs.shape.chunk_tokens(len(prompt))
+            step_tokens = runs.shape.chunk_tokens(len(prompt.token_ids))
             others.append(runs.decode(runs.cached(prompt, step_tokens=step_tokens), prompt, do_sample=False))
-        longest = max(map(len, runs.prompts))
+        longest = max(len(prompt.token_ids) for prompt in runs.prompts)
         detail = f"chunks of up to {runs.shape.chunk_tokens(longest)} tokens"
         return self._compare("greedy", ("one chunk", "many"), self._cold, others, detail)
 

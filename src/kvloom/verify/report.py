@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -130,6 +131,7 @@ class Report:
         binding: how the model is attached.
         dtype, device: of weights and cache.
         prompt_tokens: length of each prompt.
+        source_tokens: of each source, of an encoder-decoder model.
         max_new_tokens, seed, num_beams: as they were used.
         bit_identical: whether every operation of the model is native, so that the cache must not change a bit.
         checks: in the order in which they ran; empty if there is no cache to verify, and then `note` says why.
@@ -149,6 +151,7 @@ class Report:
     note: str
     seconds: float
     retention: str | None = None
+    source_tokens: tuple[int, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -157,9 +160,9 @@ class Report:
 
     def heading(self) -> str:
         """What was verified."""
-        lengths = [f"{count:,}" for count in self.prompt_tokens]
-        listed = " and ".join([", ".join(lengths[:-1]), lengths[-1]]) if len(lengths) > 1 else lengths[0]
-        prompts = f"a prompt of {listed} tokens" if len(lengths) == 1 else f"prompts of {listed} tokens"
+        prompts = _listed("prompt", self.prompt_tokens)
+        if self.source_tokens:
+            prompts = f"{_listed('source', self.source_tokens)}, {prompts}"
         return f"{self.dtype} on {self.device}, {prompts}, {self.max_new_tokens} new tokens, seed {self.seed}"
 
     def legend(self) -> str:
@@ -210,6 +213,14 @@ class Report:
         ]
         notes = [text for text in (*(check.explain() for check in self.checks), self.advice(), self.retention) if text]
         return "\n".join([self.heading(), "", *table, "", self.legend(), *notes, self.summary()])
+
+
+def _listed(noun: str, counts: Sequence[int]) -> str:
+    """Some things and their lengths in tokens."""
+    lengths = [f"{count:,}" for count in counts]
+    if len(lengths) == 1:
+        return f"a {noun} of {lengths[0]} tokens"
+    return f"{noun}s of {', '.join(lengths[:-1])} and {lengths[-1]} tokens"
 
 
 def _token(token_id: int | None) -> str:
