@@ -100,6 +100,7 @@ class Calls:
 
         Raises `InvalidRequest` if the context was computed under another one, or if there is no cache to keep.
         """
+        check_context(context)
         own = self._retention if context is None else context.retention
         policy = own if isinstance(asked, Unset) else asked
         check_policy(policy)
