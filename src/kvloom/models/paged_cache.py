@@ -215,7 +215,8 @@ class _Rows:
                 f"layer {layer} was given {count} tokens behind {first}, and other layers have {self.tokens}. Every "
                 "layer must be given the same tokens."
             )
-        new = self._all_slots()[:, first : first + count].flatten()
+        # Kernels read them by address, one after the other, and a column's flattening would be a view with gaps.
+        new = self._all_slots()[:, first : first + count].flatten().contiguous()
         self.cache.store.write(layer, new, keys.transpose(0, 1).flatten(1, 2), values.transpose(0, 1).flatten(1, 2))
         self.written[layer] = first + count
         return self.read(layer)
