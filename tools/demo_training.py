@@ -1,15 +1,23 @@
-"""The demonstration model's training: its recipe, its network, and a run that can be saved and continued."""
+"""The demonstration model's training: its network, its two recipes, and a run that can be saved and continued.
+
+Stories come first: whole windows of the books, from random weights. Recall comes second, from the weights of the first:
+half and more of a batch are documents that ask for what they told (`demo_recall`).
+"""
 
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from demo_recall import RecallWriter, Windows
 
 CONTEXT_TOKENS = 1024
 
@@ -22,14 +30,38 @@ class Recipe:
     minutes: float | None  # a budget that can end the run before its steps
     batch_tokens: int = 8192
     micro_batch_tokens: int = 2048  # what one forward pass takes: 2,048 tokens still fit a CPU's cache
-    short_context_tokens: int = 256  # cheaper, and enough while the model learns words and sentences
-    long_context_from: float = 0.7  # the share of the run after which windows fill the whole context
+    window_tokens: tuple[tuple[float, int], ...]  # from which share of the run on windows have which length
     warm_up_steps: int = 50
     decay_from: float = 0.5
-    matrix_learning_rate: float = 0.02  # Muon: the hidden matrices
-    other_learning_rate: float = 4e-3  # AdamW: the tied embedding, norms, biases
+    matrix_learning_rate: float  # Muon: the hidden matrices
+    other_learning_rate: float  # AdamW: the tied embedding, norms, biases
     weight_decay: float = 0.05
+    recall_share: float = 0.0  # of the windows, how many are recall documents
+    answer_weight: float = 0.0  # the loss is the mean over all tokens, and this much of the mean over the answers
     seed: int = 20
+
+
+def story_recipe(**options: Any) -> Recipe:
+    """From random weights: windows of 256 tokens are cheaper, and enough while the model learns words and sentences."""
+    return Recipe(
+        window_tokens=((0.0, 256), (0.7, CONTEXT_TOKENS)),
+        matrix_learning_rate=0.02,
+        other_learning_rate=4e-3,
+        **options,
+    )
+
+
+def recall_recipe(**options: Any) -> Recipe:
+    """From the story writer's weights: to look up is learnt where little lies between, then over ever more text."""
+    return Recipe(
+        window_tokens=((0.0, 128), (0.3, 256), (0.55, 512), (0.75, CONTEXT_TOKENS)),
+        batch_tokens=4096,
+        matrix_learning_rate=0.01,
+        other_learning_rate=2e-3,
+        recall_share=0.75,
+        answer_weight=1.0,
+        **options,
+    )
 
 
 @dataclass(kw_only=True)
@@ -59,20 +91,19 @@ def learning_rate_factor(position: Position, recipe: Recipe) -> float:
     return min(warm_up, decay)
 
 
-def context_tokens(position: Position, recipe: Recipe) -> int:
+def window_tokens(position: Position, recipe: Recipe) -> int:
     """Window length of the next step: short at first, the model's whole context in the last part."""
-    is_long = position.progress(recipe) >= recipe.long_context_from
-    return CONTEXT_TOKENS if is_long else recipe.short_context_tokens
+    progress = position.progress(recipe)
+    return [tokens for begin, tokens in recipe.window_tokens if progress >= begin][-1]
 
 
-def next_windows(tokens: np.ndarray, position: Position, recipe: Recipe, length: int) -> np.ndarray:
-    """A batch of windows of `length` + 1 tokens (inputs and their successors); advances `position`.
+def book_windows(tokens: np.ndarray, position: Position, recipe: Recipe, length: int, count: int) -> np.ndarray:
+    """`count` windows of `length` + 1 tokens (inputs and their successors); advances `position`.
 
     An epoch cuts the text once from a random offset and visits the windows in random order: nothing is seen
     twice before all is seen once, and the next epoch has its cuts elsewhere. Seed and epoch alone give the
     order, so a resumed run continues it.
     """
-    count = recipe.batch_tokens // length
     per_epoch = (len(tokens) - length - 1) // length
     if position.window_tokens != length or position.windows_taken + count > per_epoch:
         position.epoch += 1
@@ -85,8 +116,26 @@ def next_windows(tokens: np.ndarray, position: Position, recipe: Recipe, length:
     return tokens[offset + chosen[:, None] * length + np.arange(length + 1)].astype(np.int64)
 
 
-def build_model(tokenizer: Tokenizer) -> Qwen2ForCausalLM:
+def next_windows(writer: RecallWriter, position: Position, recipe: Recipe, length: int) -> Windows:
+    """A step's windows of `length` + 1 tokens, book windows and then recall documents; advances `position`."""
+    count = recipe.batch_tokens // length
+    recalled = round(count * recipe.recall_share)
+    books = book_windows(writer.text, position, recipe, length, count - recalled)
+    random = Random(f"{recipe.seed} {position.step}")
+    documents = [writer.write(random, length + 1) for _ in range(recalled)]
+    return Windows.stack([Windows(books, np.zeros_like(books, dtype=bool)), *documents])
+
+
+def loss_weights(windows: Windows, recipe: Recipe) -> np.ndarray:
+    """float32[windows, tokens], what each target's loss counts; without answers they all count alike and sum to one."""
+    is_answer = windows.is_answer[:, 1:]
+    weights = np.full(is_answer.shape, 1 / is_answer.size, dtype=np.float32)
+    return weights + is_answer * np.float32(recipe.answer_weight / max(1, is_answer.sum()))
+
+
+def build_model(tokenizer: Tokenizer, seed: int) -> Qwen2ForCausalLM:
     """The architecture: Qwen2, two queries per key/value head, one matrix for both ends of the network."""
+    torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=256,
@@ -124,14 +173,15 @@ def build_optimizers(model: Qwen2ForCausalLM, recipe: Recipe) -> list[torch.opti
     return optimizers
 
 
-def build_loss(model: Qwen2ForCausalLM, device: str, use_compile: bool) -> Callable[[Tensor], Tensor]:
-    """The mean next-token loss in nats of windows (windows, tokens + 1), matrices multiplied in bfloat16."""
+def build_loss(model: Qwen2ForCausalLM, device: str, use_compile: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """The weighted sum of next-token losses in nats of windows (windows, tokens + 1), matrices multiplied in bfloat16."""
 
-    def loss(windows: Tensor) -> Tensor:
+    def loss(windows: Tensor, weights: Tensor) -> Tensor:
         with torch.autocast(device, torch.bfloat16):
             hidden = model.model(input_ids=windows[:, :-1], use_cache=False).last_hidden_state
             logits = model.lm_head(hidden)
-        return nn.functional.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
+        nats = nn.functional.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten(), reduction="none")
+        return nats @ weights.flatten()
 
     return torch.compile(loss, dynamic=False) if use_compile else loss
 
@@ -140,30 +190,29 @@ class Training:
     """One run: the state that a checkpoint saves, and the step that advances it."""
 
     def __init__(
-        self, recipe: Recipe, tokenizer: Tokenizer, tokens: np.ndarray, device: str, use_compile: bool
+        self, recipe: Recipe, model: Qwen2ForCausalLM, writer: RecallWriter, device: str, use_compile: bool
     ) -> None:
-        """Starts from random weights drawn from the recipe's seed; `restore` goes on from a checkpoint."""
-        torch.manual_seed(recipe.seed)
+        """Starts from the model's weights; `restore` goes on from a checkpoint."""
         self.recipe = recipe
-        self.tokens = tokens
+        self.writer = writer
         self.device = device
         self.position = Position()
-        self.model = build_model(tokenizer).to(device)
+        self.model = model.to(device)
         self.optimizers = build_optimizers(self.model, recipe)
         self.loss = build_loss(self.model, device, use_compile)
 
     def step(self) -> float:
-        """Takes one optimizer step; returns its training loss in nats per token."""
+        """Takes one optimizer step; returns its training loss in nats."""
         began = time.monotonic()
         factor = learning_rate_factor(self.position, self.recipe)
-        length = context_tokens(self.position, self.recipe)
-        windows = next_windows(self.tokens, self.position, self.recipe, length)
-        micro_batches = (
-            torch.from_numpy(windows).to(self.device).split(max(1, self.recipe.micro_batch_tokens // length))
-        )
+        length = window_tokens(self.position, self.recipe)
+        windows = next_windows(self.writer, self.position, self.recipe, length)
+        weights = loss_weights(windows, self.recipe)
+        rows = max(1, self.recipe.micro_batch_tokens // length)
         total = 0.0
-        for micro_batch in micro_batches:
-            loss = self.loss(micro_batch) / len(micro_batches)
+        for first in range(0, len(weights), rows):
+            part = slice(first, first + rows)
+            loss = self.loss(self._on_device(windows.ids[part]), self._on_device(weights[part]))
             loss.backward()
             total += loss.item()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -175,6 +224,9 @@ class Training:
         self.position.step += 1
         self.position.seconds += time.monotonic() - began
         return total
+
+    def _on_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
 
     def save(self, path: Path) -> None:
         """Writes a checkpoint; the previous one stays whole until the new one is."""

@@ -1,0 +1,115 @@
+"""Recall documents: story text with facts planted in it, and questions at its end that only they answer.
+
+The facts and their wording are those of `kvloom.quality.facts`, which also measures by them; a quarter of the names and
+values is held out here and met there only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from transformers import Qwen2ForCausalLM
+
+from demo_corpus import END_OF_TEXT
+from kvloom.quality.facts import Fact, draw_facts
+
+# A fact and its question take some 35 tokens together; more than eight in a document are a list, not a story.
+TOKENS_A_FACT = 44
+MOST_FACTS = 8
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token ids, and which of them are answers to questions: int64 and bool[windows, tokens], or one window's row."""
+
+    ids: np.ndarray
+    is_answer: np.ndarray
+
+    @classmethod
+    def stack(cls, parts: Sequence["Windows"]) -> "Windows":
+        """Rows of one length, one below the other."""
+        return cls(
+            np.concatenate([np.atleast_2d(part.ids) for part in parts]),
+            np.concatenate([np.atleast_2d(part.is_answer) for part in parts]),
+        )
+
+
+class RecallWriter:
+    """Writes recall documents of an exact length around text of the books."""
+
+    def __init__(self, tokenizer: Tokenizer, text: np.ndarray, *, unseen: bool = False) -> None:
+        """`text` is a row of token ids to take story text from; `unseen` chooses held-out names and values."""
+        self.tokenizer = tokenizer
+        self.text = text
+        self.unseen = unseen
+        self.sentence_ends = np.flatnonzero(text == tokenizer.token_to_id("."))
+
+    def write(self, random: Random, tokens: int, facts: int | None = None) -> Windows:
+        """A document of `tokens` ids: facts behind random sentences of one piece of text, then a question for each."""
+        count = facts or random.randint(2, max(2, min(MOST_FACTS, tokens // TOKENS_A_FACT)))
+        drawn = draw_facts(random, count, unseen=self.unseen)
+        statements = [self._ids(f" {fact.statement}") for fact in drawn]
+        questions = [self._question(fact) for fact in random.sample(drawn, count)]
+        ending = np.concatenate([ids for ids, _ in questions])
+        story = self._story(random, statements, tokens - len(ending))
+        is_answer = np.concatenate([np.zeros(len(story), dtype=bool), *(answer for _, answer in questions)])
+        return Windows(np.concatenate([story, ending]), is_answer)
+
+    def _story(self, random: Random, statements: list[np.ndarray], tokens: int) -> np.ndarray:
+        """`tokens` ids: text that ends with a sentence, and the statements behind some of its sentences."""
+        length = tokens - sum(map(len, statements))
+        # Too long for its window: the beginning is lost, with it perhaps a fact, and its question misleads.
+        assert length > 0, "the facts and questions of a document leave room for text"
+        ends = self.sentence_ends
+        last = ends[random.randrange(int(np.searchsorted(ends, length)), len(ends))]
+        piece = self.text[last + 1 - length : last + 1]
+        places = np.flatnonzero(piece == self.text[last]) + 1
+        chosen = sorted(random.choice(places.tolist()) for _ in statements)
+        parts = np.split(piece, chosen)
+        mixed = [part for pair in zip(parts, statements, strict=False) for part in pair]
+        return np.concatenate([*mixed, parts[-1]]).astype(np.int64)
+
+    def _question(self, fact: Fact) -> tuple[np.ndarray, np.ndarray]:
+        question, answer, stop = (self._ids(text) for text in (f"\n\n{fact.question}", fact.answer, "."))
+        is_answer = np.repeat([False, True, False], [len(question), len(answer), len(stop)])
+        return np.concatenate([question, answer, stop]), is_answer
+
+    def _ids(self, text: str) -> np.ndarray:
+        return np.array(self.tokenizer.encode(text).ids, dtype=np.int64)
+
+
+@torch.inference_mode()
+def measure_recall(
+    model: Qwen2ForCausalLM, writer: RecallWriter, *, documents: int, tokens: int, seed: int = 0
+) -> float:
+    """Share of questions whose whole answer is what the model would write, with two facts a document.
+
+    One forward pass a document, in bfloat16 arithmetic on the CPU: an answer counts if each of its tokens is the
+    likeliest behind the true ones before it, which is the same as writing it greedily.
+    """
+    random = Random(seed)
+    right = asked = 0
+    for _ in range(documents):
+        document = writer.write(random, tokens, facts=2)
+        ids = torch.from_numpy(document.ids)[None].to(model.device)
+        with torch.autocast(model.device.type, torch.bfloat16):
+            best = model(ids[:, :-1], use_cache=False).logits[0].argmax(-1).cpu().numpy()
+        hit = best == document.ids[1:]
+        for answer in answers(document.is_answer[1:]):
+            right, asked = right + bool(hit[answer].all()), asked + 1
+    return right / asked
+
+
+def answers(is_answer: np.ndarray) -> list[np.ndarray]:
+    """The places of each answer: the runs of True."""
+    places = np.flatnonzero(is_answer)
+    return np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
+
+
+def story_tokens(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
+    """Documents as one row of ids, each closed by the end-of-text token."""
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    return np.concatenate([np.array([*encoding.ids, end]) for encoding in tokenizer.encode_batch(documents)])
