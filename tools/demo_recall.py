@@ -16,9 +16,8 @@ from transformers import Qwen2ForCausalLM
 from demo_corpus import END_OF_TEXT
 from kvloom.quality.facts import Fact, draw_facts
 
-# A fact and its question take some 35 tokens together; more than eight in a document are a list, not a story.
-TOKENS_A_FACT = 44
-MOST_FACTS = 8
+MOST_FACTS = 8  # more in a document are a list, not a story
+LEAST_STORY_TOKENS = 24
 
 
 @dataclass(frozen=True)
@@ -48,21 +47,38 @@ class RecallWriter:
         self.sentence_ends = np.flatnonzero(text == tokenizer.token_to_id("."))
 
     def write(self, random: Random, tokens: int, facts: int | None = None) -> Windows:
-        """A document of `tokens` ids: facts behind random sentences of one piece of text, then a question for each."""
-        count = facts or random.randint(2, max(2, min(MOST_FACTS, tokens // TOKENS_A_FACT)))
-        drawn = draw_facts(random, count, unseen=self.unseen)
+        """A document of `tokens` ids: facts behind random sentences of one piece of text, then a question for each.
+
+        Args:
+            facts: how many; by default two to eight, as far as they leave room for text.
+        """
+        drawn = draw_facts(random, facts or random.randint(2, MOST_FACTS), unseen=self.unseen)
         statements = [self._ids(f" {fact.statement}") for fact in drawn]
-        questions = [self._question(fact) for fact in random.sample(drawn, count)]
-        ending = np.concatenate([ids for ids, _ in questions])
-        story = self._story(random, statements, tokens - len(ending))
-        is_answer = np.concatenate([np.zeros(len(story), dtype=bool), *(answer for _, answer in questions)])
-        return Windows(np.concatenate([story, ending]), is_answer)
+        questions = [self._question(fact) for fact in drawn]
+        while tokens - sum(map(len, statements)) - sum(len(ids) for ids, _ in questions) < LEAST_STORY_TOKENS:
+            statements.pop(), questions.pop()
+        random.shuffle(questions)
+        story = self._story(random, statements, tokens - sum(len(ids) for ids, _ in questions))
+        return Windows(
+            np.concatenate([story, *(ids for ids, _ in questions)]),
+            np.concatenate([np.zeros(len(story), dtype=bool), *(answer for _, answer in questions)]),
+        )
+
+    def echo(self, random: Random, tokens: int) -> Windows:
+        """Random ids, and the same again: what comes next the second time can be looked up, and known in no other way.
+
+        Few distinct ids make single ones ambiguous, so that two or more have to be matched.
+        """
+        length = random.randint(tokens // 4, tokens // 2)
+        ids = random.choices(
+            random.sample(range(2, self.tokenizer.get_vocab_size()), random.randint(12, 200)), k=length
+        )
+        repeated = np.array((ids * (tokens // length + 1))[:tokens])
+        return Windows(repeated, np.arange(tokens) >= length + 2)
 
     def _story(self, random: Random, statements: list[np.ndarray], tokens: int) -> np.ndarray:
         """`tokens` ids: text that ends with a sentence, and the statements behind some of its sentences."""
         length = tokens - sum(map(len, statements))
-        # Too long for its window: the beginning is lost, with it perhaps a fact, and its question misleads.
-        assert length > 0, "the facts and questions of a document leave room for text"
         ends = self.sentence_ends
         last = ends[random.randrange(int(np.searchsorted(ends, length)), len(ends))]
         piece = self.text[last + 1 - length : last + 1]

@@ -23,6 +23,16 @@ CONTEXT_TOKENS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
+class Phase:
+    """From a share of the run on: how long windows are, and how many of them are echoes and recall documents."""
+
+    begin: float
+    window_tokens: int
+    echo_share: float = 0.0
+    recall_share: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What decides the result, apart from the machine's rounding. Learning rates are the peaks."""
 
@@ -30,13 +40,12 @@ class Recipe:
     minutes: float | None  # a budget that can end the run before its steps
     batch_tokens: int = 8192
     micro_batch_tokens: int = 2048  # what one forward pass takes: 2,048 tokens still fit a CPU's cache
-    window_tokens: tuple[tuple[float, int], ...]  # from which share of the run on windows have which length
+    phases: tuple[Phase, ...]
     warm_up_steps: int = 50
     decay_from: float = 0.5
     matrix_learning_rate: float  # Muon: the hidden matrices
     other_learning_rate: float  # AdamW: the tied embedding, norms, biases
     weight_decay: float = 0.05
-    recall_share: float = 0.0  # of the windows, how many are recall documents
     answer_weight: float = 0.0  # the loss is the mean over all tokens, and this much of the mean over the answers
     seed: int = 20
 
@@ -44,7 +53,7 @@ class Recipe:
 def story_recipe(**options: Any) -> Recipe:
     """From random weights: windows of 256 tokens are cheaper, and enough while the model learns words and sentences."""
     return Recipe(
-        window_tokens=((0.0, 256), (0.7, CONTEXT_TOKENS)),
+        phases=(Phase(begin=0.0, window_tokens=256), Phase(begin=0.7, window_tokens=CONTEXT_TOKENS)),
         matrix_learning_rate=0.02,
         other_learning_rate=4e-3,
         **options,
@@ -52,13 +61,17 @@ def story_recipe(**options: Any) -> Recipe:
 
 
 def recall_recipe(**options: Any) -> Recipe:
-    """From the story writer's weights: to look up is learnt where little lies between, then over ever more text."""
+    """From the story writer's weights: first to copy, then to look up where little lies between, then far back."""
     return Recipe(
-        window_tokens=((0.0, 128), (0.3, 256), (0.55, 512), (0.75, CONTEXT_TOKENS)),
+        phases=(
+            Phase(begin=0.0, window_tokens=128, echo_share=0.2, recall_share=0.6),
+            Phase(begin=0.15, window_tokens=256, echo_share=0.1, recall_share=0.6),
+            Phase(begin=0.35, window_tokens=512, recall_share=0.6),
+            Phase(begin=0.6, window_tokens=CONTEXT_TOKENS, recall_share=0.5),
+        ),
         batch_tokens=4096,
         matrix_learning_rate=0.01,
         other_learning_rate=2e-3,
-        recall_share=0.75,
         answer_weight=1.0,
         **options,
     )
@@ -91,10 +104,10 @@ def learning_rate_factor(position: Position, recipe: Recipe) -> float:
     return min(warm_up, decay)
 
 
-def window_tokens(position: Position, recipe: Recipe) -> int:
-    """Window length of the next step: short at first, the model's whole context in the last part."""
+def phase(position: Position, recipe: Recipe) -> Phase:
+    """What the next step's windows are like."""
     progress = position.progress(recipe)
-    return [tokens for begin, tokens in recipe.window_tokens if progress >= begin][-1]
+    return [phase for phase in recipe.phases if progress >= phase.begin][-1]
 
 
 def book_windows(tokens: np.ndarray, position: Position, recipe: Recipe, length: int, count: int) -> np.ndarray:
@@ -116,21 +129,28 @@ def book_windows(tokens: np.ndarray, position: Position, recipe: Recipe, length:
     return tokens[offset + chosen[:, None] * length + np.arange(length + 1)].astype(np.int64)
 
 
-def next_windows(writer: RecallWriter, position: Position, recipe: Recipe, length: int) -> Windows:
-    """A step's windows of `length` + 1 tokens, book windows and then recall documents; advances `position`."""
-    count = recipe.batch_tokens // length
-    recalled = round(count * recipe.recall_share)
-    books = book_windows(writer.text, position, recipe, length, count - recalled)
+def next_windows(writer: RecallWriter, position: Position, recipe: Recipe) -> Windows:
+    """A step's windows, their successors included: books, echoes, recall documents; advances `position`."""
+    now = phase(position, recipe)
+    count = recipe.batch_tokens // now.window_tokens
+    echoes, recalled = round(count * now.echo_share), round(count * now.recall_share)
+    books = book_windows(writer.text, position, recipe, now.window_tokens, count - echoes - recalled)
     random = Random(f"{recipe.seed} {position.step}")
-    documents = [writer.write(random, length + 1) for _ in range(recalled)]
-    return Windows.stack([Windows(books, np.zeros_like(books, dtype=bool)), *documents])
+    made = [writer.echo(random, now.window_tokens + 1) for _ in range(echoes)]
+    made += [writer.write(random, now.window_tokens + 1) for _ in range(recalled)]
+    return Windows.stack([Windows(books, np.zeros_like(books, dtype=bool)), *made])
 
 
 def loss_weights(windows: Windows, recipe: Recipe) -> np.ndarray:
-    """float32[windows, tokens], what each target's loss counts; without answers they all count alike and sum to one."""
+    """float32[windows, tokens], what each target's loss counts.
+
+    All tokens count alike and sum to one. Answers count more: those of a window, however many they are, as much as
+    those of any other.
+    """
     is_answer = windows.is_answer[:, 1:]
-    weights = np.full(is_answer.shape, 1 / is_answer.size, dtype=np.float32)
-    return weights + is_answer * np.float32(recipe.answer_weight / max(1, is_answer.sum()))
+    answers = is_answer.sum(axis=1, keepdims=True)
+    share = is_answer / np.maximum(1, answers) / max(1, (answers > 0).sum())
+    return (1 / is_answer.size + recipe.answer_weight * share).astype(np.float32)
 
 
 def build_model(tokenizer: Tokenizer, seed: int) -> Qwen2ForCausalLM:
@@ -205,10 +225,9 @@ class Training:
         """Takes one optimizer step; returns its training loss in nats."""
         began = time.monotonic()
         factor = learning_rate_factor(self.position, self.recipe)
-        length = window_tokens(self.position, self.recipe)
-        windows = next_windows(self.writer, self.position, self.recipe, length)
+        windows = next_windows(self.writer, self.position, self.recipe)
         weights = loss_weights(windows, self.recipe)
-        rows = max(1, self.recipe.micro_batch_tokens // length)
+        rows = max(1, self.recipe.micro_batch_tokens // weights.shape[1])
         total = 0.0
         for first in range(0, len(weights), rows):
             part = slice(first, first + rows)
