@@ -1,11 +1,12 @@
 """Recall documents: story text with facts planted in it, and questions at its end that only they answer.
 
-The facts and their wording are those of `kvloom.quality.facts`, which also measures by them; a quarter of the names and
-values is held out here and met there only.
+The facts and their wording are those of `kvloom.bench.quality.facts`, which also measures by them; a quarter of the
+names and values is held out here and met there only.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -13,8 +14,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import Qwen2ForCausalLM
 
-from demo_corpus import END_OF_TEXT
-from kvloom.quality.facts import Fact, draw_facts
+from demo_corpus import END_OF_TEXT, held_out_books, split_documents
+from kvloom.bench.quality.facts import Fact, draw_facts
 
 MOST_FACTS = 8  # more in a document are a list, not a story
 LEAST_STORY_TOKENS = 24
@@ -99,33 +100,32 @@ class RecallWriter:
 
 @torch.inference_mode()
 def measure_recall(
-    model: Qwen2ForCausalLM, writer: RecallWriter, *, documents: int, tokens: int, seed: int = 0
+    model: Qwen2ForCausalLM, writer: RecallWriter, *, documents: int, tokens: int, facts: int = 2, seed: int = 0
 ) -> float:
-    """Share of questions whose whole answer is what the model would write, with two facts a document.
+    """Share of questions whose whole answer is what the model would write greedily.
 
-    One forward pass a document, in bfloat16 arithmetic on the CPU: an answer counts if each of its tokens is the
-    likeliest behind the true ones before it, which is the same as writing it greedily.
+    One forward pass a document: an answer counts if each of its tokens is the likeliest behind the true ones before it.
     """
     random = Random(seed)
-    right = asked = 0
+    right: list[bool] = []
     for _ in range(documents):
-        document = writer.write(random, tokens, facts=2)
+        document = writer.write(random, tokens, facts=facts)
         ids = torch.from_numpy(document.ids)[None].to(model.device)
-        with torch.autocast(model.device.type, torch.bfloat16):
-            best = model(ids[:, :-1], use_cache=False).logits[0].argmax(-1).cpu().numpy()
+        best = model(ids[:, :-1], use_cache=False).logits[0].argmax(-1).cpu().numpy()
         hit = best == document.ids[1:]
-        for answer in answers(document.is_answer[1:]):
-            right, asked = right + bool(hit[answer].all()), asked + 1
-    return right / asked
+        right += [bool(hit[answer].all()) for answer in runs_of_true(document.is_answer[1:])]
+    return sum(right) / len(right)
 
 
-def answers(is_answer: np.ndarray) -> list[np.ndarray]:
-    """The places of each answer: the runs of True."""
-    places = np.flatnonzero(is_answer)
+def runs_of_true(mask: np.ndarray) -> list[np.ndarray]:
+    """The places of each run."""
+    places = np.flatnonzero(mask)
     return np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
 
 
-def story_tokens(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
-    """Documents as one row of ids, each closed by the end-of-text token."""
+def examiner(tokenizer: Tokenizer, corpus: Path) -> RecallWriter:
+    """Writes documents around text of the held-out books, with names and values that training never uses."""
     end = tokenizer.token_to_id(END_OF_TEXT)
-    return np.concatenate([np.array([*encoding.ids, end]) for encoding in tokenizer.encode_batch(documents)])
+    books = [story for book in held_out_books(corpus) for story in split_documents(book.read_text("utf-8"))]
+    text = np.concatenate([np.array([*encoding.ids, end]) for encoding in tokenizer.encode_batch(books)])
+    return RecallWriter(tokenizer, text, unseen=True)

@@ -20,9 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from tokenizers import Tokenizer
 from transformers import Qwen2ForCausalLM
 
-from demo_corpus import held_out_books, split_documents, train_tokenizer, training_tokens
+from demo_corpus import train_tokenizer, training_tokens
 from demo_export import export_model
-from demo_recall import RecallWriter, measure_recall, story_tokens
+from demo_recall import RecallWriter, examiner, measure_recall
 from demo_training import Recipe, Training, build_model, recall_recipe, story_recipe
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -106,7 +106,7 @@ class Stage:
 @click.option("--start", type=FOLDER, help="An exported model to begin the recall stage from, without a story stage.")
 @click.option("--steps", default=2000, help="Optimizer steps of the story stage, 8,192 tokens each.")
 @click.option("--minutes", type=float, help="End the story stage by then, decaying in time.")
-@click.option("--recall-steps", default=1500, help="Optimizer steps of the recall stage, 4,096 tokens each.")
+@click.option("--recall-steps", default=1000, help="Optimizer steps of the recall stage, 4,096 tokens each.")
 @click.option("--recall-minutes", type=float, help="End the recall stage by then, decaying in time.")
 @click.option("--save-minutes", default=5.0, help="Minutes between checkpoints, each of which is exported.")
 @click.option("--threads", default=2, help="CPU threads.")
@@ -129,8 +129,6 @@ def main(
     """Train the demonstration model from scratch, or go on with an unfinished run."""
     torch.set_num_threads(threads)
     tokenizer, tokens = prepare_text(corpus, work, start)
-    books = [story for book in held_out_books(corpus) for story in split_documents(book.read_text("utf-8"))]
-    examiner = RecallWriter(tokenizer, story_tokens(tokenizer, books), unseen=True)
     writer = RecallWriter(tokenizer, tokens)
     # A GPU takes a whole batch at once.
     options = {} if device == "cpu" else {"micro_batch_tokens": Recipe.batch_tokens}
@@ -146,7 +144,7 @@ def main(
     click.echo(f"{sum(weight.numel() for weight in model.parameters()):,} parameters, {len(tokens):,} tokens of text")
     for name, recipe in recipes.items():
         training = Training(recipe, model, writer, device, use_compile)
-        Stage(name, training, tokenizer, examiner, work, out).run(save_minutes)
+        Stage(name, training, tokenizer, examiner(tokenizer, corpus), work, out).run(save_minutes)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from kvloom.bench.quality.facts import Fact, draw_facts
 from kvloom.errors import InvalidRequest
-from kvloom.quality.facts import Fact, draw_facts
 from kvloom.text import encode_continuation, encode_start
 
 FACTS_A_TEXT = 2
