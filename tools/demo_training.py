@@ -194,7 +194,7 @@ def build_optimizers(model: Qwen2ForCausalLM, recipe: Recipe) -> list[torch.opti
 
 
 def build_loss(model: Qwen2ForCausalLM, device: str, use_compile: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """The weighted sum of next-token losses in nats, windows being (windows, tokens + 1); matrix products in bfloat16."""
+    """The weighted sum of next-token losses in nats of windows (windows, tokens + 1); matrix products in bfloat16."""
 
     def loss(windows: Tensor, weights: Tensor) -> Tensor:
         with torch.autocast(device, torch.bfloat16):

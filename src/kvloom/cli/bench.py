@@ -169,6 +169,8 @@ def bench(
     if quality:
         work: dict[str, Any] = {"text": text, "passages": passages, "recall_texts": recall_texts, "seed": seed}
         chosen = {"policies": policies, "keeps": keeps, "context_tokens": prompt_tokens, "new_tokens": new_tokens}
+        if ctx.get_parameter_source("codec") is ParameterSource.COMMANDLINE:
+            chosen["codecs"] = (settings["codec"],)
         run = run_quality
     else:
         work = {

@@ -43,6 +43,8 @@ def _print(report: QualityReport, model: str) -> None:
     console.print(Text("\n".join(_facts(report)), style="dim"), soft_wrap=True)
     for codec, outcomes in groupby(report.outcomes, key=lambda own: own.setting.codec):
         console.print(_table(list(outcomes), codec))
+    for setting, reason in report.refused:
+        console.print(Text(f"{setting}: {reason}", style="yellow"))
     console.print(Text("\n".join(_legend(report)), style="dim"))
 
 

@@ -39,10 +39,11 @@ def draw(report: QualityReport, model: str, file: Path) -> None:
         loc="upper left",
         bbox_to_anchor=(0.795, 0.78),
         frameon=False,
-        fontsize=9,
+        fontsize=8.5,
         labelcolor=INK,
+        handletextpad=0.6,
         labelspacing=0.75,
-        handlelength=1.7,
+        handlelength=1.5,
     )
     full = report.reference
     headline(
@@ -102,9 +103,10 @@ def _handles(report: QualityReport, looks: dict[str, Style]) -> list[Any]:
 
 
 def _statement(report: QualityReport) -> str:
-    """What the picture shows in a sentence: which policy loses least at the smallest share that all were given."""
-    least = min(own.setting.keep for own in report.outcomes)
-    best = min((own for own in report.outcomes if own.setting.keep == least), key=lambda own: own.kl)
+    """What the picture shows in a sentence: which policy loses least of those that free as much as any."""
+    lossy = [own for own in report.outcomes if own.cache_bytes < report.reference.cache_bytes]
+    least = min((own.setting.keep for own in lossy), default=1.0)
     if least == 1.0:
-        return "What keeping fewer bits changes"
+        return "What is lost, and what is recalled"
+    best = min((own for own in lossy if own.setting.keep == least), key=lambda own: own.kl)
     return f"{100 * least:.3g}% kept: {best.setting.policy} stays nearest to the full cache"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvloom.bench.quality.decode import UNCOUNTED, Decoded, Subject
 from kvloom.bench.quality.report import Answer, Outcome, QualityReport
-from kvloom.bench.quality.settings import POLICIES, Setting, all_settings
+from kvloom.bench.quality.settings import POLICIES, REFERENCE, Setting, all_settings
 from kvloom.bench.quality.texts import Passage, RecallText, cut_passages, plant_facts, read_text
 from kvloom.cache.codec import CODECS
 from kvloom.cache.retention.base import check_count
@@ -73,14 +73,17 @@ def measure_quality(
         plant_facts(held_out, lm.tokenizer, count=recall_texts, context_tokens=context_tokens, seed=seed),
         seed,
     )
-    runs: list[Run] = []
-    models: dict[str, LanguageModel] = {}
+    runs: dict[Setting, Run] = {}
+    refused: dict[Setting, str] = {}
     for index, setting in enumerate(settings):
         if on_progress is not None:
             on_progress(str(setting), index, len(settings))
-        if setting.codec not in models:
-            models[setting.codec] = _under_codec(lm, setting.codec)
-        runs.append(probe.run(models[setting.codec], setting))
+        try:
+            runs[setting] = probe.run(model_under(lm, setting), setting)
+        except InvalidRequest as error:
+            if setting == REFERENCE:
+                raise
+            refused[setting] = str(error)
     return QualityReport(
         dtype=str(lm.binding.dtype).removeprefix("torch."),
         device=str(lm.binding.device),
@@ -90,10 +93,9 @@ def measure_quality(
         positions=len(probe.targets),
         recall_texts=recall_texts,
         seed=seed,
-        nll=float(_surprise(runs[0].log_probabilities, probe.targets).mean()),
-        outcomes=tuple(
-            compare(setting, run, runs[0], probe.targets) for setting, run in zip(settings, runs, strict=True)
-        ),
+        nll=float(_surprise(runs[REFERENCE].log_probabilities, probe.targets).mean()),
+        outcomes=tuple(compare(setting, run, runs[REFERENCE], probe.targets) for setting, run in runs.items()),
+        refused=tuple(refused.items()),
     )
 
 
@@ -114,11 +116,17 @@ def _context_tokens(lm: LanguageModel, context_tokens: int | None, new_tokens: i
     return wanted
 
 
-def _under_codec(lm: LanguageModel, codec: str) -> LanguageModel:
-    """The same weights on a cache of its own, so that nothing of the user's is found or touched."""
-    assert lm.engine.cache is not None, "checked by _context_tokens"
-    layout = lm.engine.cache.layout
-    engine = Engine(lm.binding, block_tokens=layout.block_tokens, codec=codec)
+def model_under(lm: LanguageModel, setting: Setting) -> LanguageModel:
+    """The same weights on a cold cache that a setting needs: nothing of the user's is found or touched."""
+    cache = lm.engine.cache
+    assert cache is not None, "checked by _context_tokens"
+    engine = Engine(
+        lm.binding,
+        budget_bytes=cache.store.allocated_bytes,
+        block_tokens=cache.layout.block_tokens,
+        codec=setting.codec,
+        block_bounds=setting.reads_by_bounds,
+    )
     return LanguageModel(engine, lm.tokenizer, None)
 
 

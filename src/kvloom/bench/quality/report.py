@@ -60,6 +60,7 @@ class QualityReport:
         positions: at how many positions distributions were compared, over all passages.
         nll: the full cache's mean negative log-likelihood there, in nats.
         outcomes: the full cache's first.
+        refused: settings that this model cannot honour, and why.
     """
 
     dtype: str
@@ -72,6 +73,7 @@ class QualityReport:
     seed: int
     nll: float
     outcomes: tuple[Outcome, ...]
+    refused: tuple[tuple[Setting, str], ...] = ()
 
     @property
     def reference(self) -> Outcome:
@@ -80,4 +82,8 @@ class QualityReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
-        return {**asdict(self), "outcomes": [own.to_dict() for own in self.outcomes]}
+        return {
+            **asdict(self),
+            "outcomes": [own.to_dict() for own in self.outcomes],
+            "refused": [{**asdict(setting), "reason": reason} for setting, reason in self.refused],
+        }

@@ -60,6 +60,11 @@ class Setting:
         kept = "" if self.policy == FULL else f" {self.keep:.3g}"
         return f"{self.policy}{kept}, {self.codec}"
 
+    @property
+    def reads_by_bounds(self) -> bool:
+        """Whether blocks must keep the bounds of their keys."""
+        return self.policy == "top-blocks"
+
     def retention(self, context_tokens: int, seed: int) -> Retention | None:
         """The policy for a context of that many tokens; None to keep everything."""
         if self.policy == FULL:

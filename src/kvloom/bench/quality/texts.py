@@ -16,7 +16,7 @@ from typing import Any
 
 from kvloom.bench.quality.facts import Fact, draw_facts
 from kvloom.errors import InvalidRequest
-from kvloom.text import encode_continuation, encode_start
+from kvloom.text import encode_continuation
 
 FACTS_A_TEXT = 2
 """So that a policy cannot keep the one thing that will be asked for."""
@@ -87,7 +87,7 @@ def cut_passages(text: str, tokenizer: Any, *, count: int, context_tokens: int, 
     passages: list[Passage] = []
     borders, start = find_borders(text), 0
     while len(passages) < count:
-        ids = encode_start(tokenizer, text[start : start + CHARACTERS_PER_TOKEN * tokens])
+        ids = _encode(tokenizer, text[start : start + CHARACTERS_PER_TOKEN * tokens])
         if len(ids) < tokens:
             break
         passages.append(Passage(ids[:context_tokens], ids[context_tokens:tokens]))
@@ -112,7 +112,7 @@ def plant_facts(text: str, tokenizer: Any, *, count: int, context_tokens: int, s
     for own in zip(*depths, strict=True):
         facts = draw_facts(random, FACTS_A_TEXT)
         # Two tokens a fact for what tokenizers merge or split at the seams.
-        room = context_tokens - sum(len(encode_start(tokenizer, f" {fact.statement}")) + 2 for fact in facts)
+        room = context_tokens - sum(_count(tokenizer, f" {fact.statement}") + 2 for fact in facts)
         story = _piece(text, borders, tokenizer, random, room)
         planted.append(_plant(story, tokenizer, list(zip(facts, own, strict=True))))
     return planted
@@ -148,9 +148,13 @@ def _piece(text: str, borders: list[int], tokenizer: Any, random: Random, tokens
     return text[start : ends[max(0, fitting - 1)]].lstrip()
 
 
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    # Quiet: that the text is longer than the model's context means nothing here.
+    return list(tokenizer(text, verbose=False).input_ids)
+
+
 def _count(tokenizer: Any, text: str) -> int:
-    # Quiet: a text longer than the model's context is none of its business here.
-    return len(tokenizer(text, verbose=False).input_ids)
+    return len(_encode(tokenizer, text))
 
 
 def _plant(story: str, tokenizer: Any, facts: list[tuple[Fact, float]]) -> RecallText:
@@ -160,7 +164,7 @@ def _plant(story: str, tokenizer: Any, facts: list[tuple[Fact, float]]) -> Recal
     for place, fact in sorted(places, key=lambda own: own[0], reverse=True):
         story = f"{story[:place]} {fact.statement}{story[place:]}"
     questions = [_question(story, tokenizer, fact) for fact, _ in facts]
-    return RecallText(encode_start(tokenizer, story), tuple(questions))
+    return RecallText(_encode(tokenizer, story), tuple(questions))
 
 
 def _question(story: str, tokenizer: Any, fact: Fact) -> Question:
