@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from kvloom.cache.retention import Held
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -17,7 +18,6 @@ from kvloom.bench.quality.controls import Control, EveryKth, Random, Recent
 from kvloom.bench.quality.decode import UNCOUNTED, Subject
 from kvloom.bench.quality.measure import Run, compare, model_under
 from kvloom.bench.quality.settings import REFERENCE, all_settings
-from kvloom.cache.retention import Held
 from kvloom.errors import InvalidRequest
 from kvloom.loading import DEMO_MODEL
 from kvloom.model import LanguageModel

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvloom import __version__
 from kvloom.cli import show
-from kvloom.units import readable_bytes
 from kvloom.cli.terminal import counting_runs, plain_table, stdout_console
+from kvloom.units import readable_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
