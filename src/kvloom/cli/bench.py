@@ -165,30 +165,28 @@ def bench(
     if plot is not None:
         refuse_unless_plottable(plot)
     lm = load_model(quiet=quiet, **settings)
-    output = {"plot": plot, "as_json": as_json, "quiet": quiet}
+    work: dict[str, Any] = {"new_tokens": new_tokens}
     if quality:
-        work: dict[str, Any] = {"text": text, "passages": passages, "recall_texts": recall_texts, "seed": seed}
-        chosen = {"policies": policies, "keeps": keeps, "context_tokens": prompt_tokens, "new_tokens": new_tokens}
-        if ctx.get_parameter_source("codec") is ParameterSource.COMMANDLINE:
-            chosen["codecs"] = (settings["codec"],)
-        run = run_quality
+        work |= {"context_tokens": prompt_tokens, "text": text, "policies": policies, "keeps": keeps}
+        work |= {"passages": passages, "recall_texts": recall_texts, "seed": seed}
+        if _is_given("codec", ctx):
+            work["codecs"] = (settings["codec"],)
     else:
-        work = {
-            "prompt_tokens": prompt_tokens,
-            "num_beams": num_beams,
-            "batch": batch,
-            "longest": longest,
-            "runs": runs,
-        }
-        chosen = {"new_tokens": new_tokens}
-        run = run_speed
-    run(lm, model_name(settings["model"]), **output, **work, **{name: own for name, own in chosen.items() if own})
+        work |= {"prompt_tokens": prompt_tokens, "longest": longest}
+        work |= {"num_beams": num_beams, "batch": batch, "runs": runs}
+    # What was left open is for the measurement to choose.
+    chosen = {name: own for name, own in work.items() if own not in (None, ())}
+    run = run_quality if quality else run_speed
+    run(lm, model_name(settings["model"]), plot=plot, as_json=as_json, quiet=quiet, **chosen)
 
 
 def _refuse_options_of(section: str, ctx: click.Context) -> None:
     """An option of the other measurement would do nothing."""
     for parameter in ctx.command.params:
-        given = ctx.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
-        if given and getattr(parameter, "section", None) == section:
+        if getattr(parameter, "section", None) == section and _is_given(str(parameter.name), ctx):
             remedy = "Leave out `--quality`, or this option." if section == SPEED else "Add `--quality`."
             raise InvalidRequest(f"`{parameter.opts[-1]}` is for measuring {section.lower()}. {remedy}")
+
+
+def _is_given(name: str, ctx: click.Context) -> bool:
+    return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE

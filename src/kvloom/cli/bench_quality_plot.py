@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0b7285", "#e8590c", "#5f3dc4", "#2b8a3e", "#c2255c", "#1864ab")
 CONTROL_LINES = ((0, (1, 1.4)), (0, (4, 2)), (0, (6, 2, 1, 2)))
-CODEC_LOOKS = {
+Style = dict[str, Any]
+"""How a line is drawn, in the words of matplotlib."""
+
+CODEC_LOOKS: dict[str, Style] = {
     "native": {"marker": "o", "markersize": 6},
     "int8": {"marker": "D", "markersize": 4.5, "linewidth": 0.8},
 }
@@ -53,9 +56,6 @@ def draw(report: QualityReport, model: str, file: Path) -> None:
         f"{full.recallable} of {len(full.answers)} facts recalled by the full cache",
     )
     save(figure, file)
-
-
-Style = dict[str, Any]
 
 
 def _looks(report: QualityReport) -> dict[str, Style]:

@@ -83,7 +83,7 @@ class Subject:
         return Decoded(result.logits[1:].float(), result.token_ids[1:], seconds, cache_bytes)
 
 
-class Forced(LogitsProcessor):
+class Forced(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped for us
     """Leaves only the given tokens possible, one a step, and then any.
 
     Args:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvloom.bench.quality.decode import UNCOUNTED, Decoded, Subject
 from kvloom.bench.quality.report import Answer, Outcome, QualityReport
-from kvloom.bench.quality.settings import POLICIES, REFERENCE, Setting, all_settings
+from kvloom.bench.quality.settings import POLICIES, Setting, all_settings
 from kvloom.bench.quality.texts import Passage, RecallText, cut_passages, plant_facts, read_text
 from kvloom.cache.codec import CODECS
 from kvloom.cache.retention.base import check_count
@@ -73,17 +73,23 @@ def measure_quality(
         plant_facts(held_out, lm.tokenizer, count=recall_texts, context_tokens=context_tokens, seed=seed),
         seed,
     )
-    runs: dict[Setting, Run] = {}
-    refused: dict[Setting, str] = {}
+    reference: Run | None = None
+    outcomes: list[Outcome] = []
+    refused: list[tuple[Setting, str]] = []
     for index, setting in enumerate(settings):
         if on_progress is not None:
             on_progress(str(setting), index, len(settings))
         try:
-            runs[setting] = probe.run(model_under(lm, setting), setting)
+            run = probe.run(model_under(lm, setting), setting)
         except InvalidRequest as error:
-            if setting == REFERENCE:
+            if reference is None:
                 raise
-            refused[setting] = str(error)
+            refused.append((setting, str(error)))
+            continue
+        # Of the distributions only the reference's are kept: a large vocabulary makes them large.
+        reference = reference or run
+        outcomes.append(compare(setting, run, reference, probe.targets))
+    assert reference is not None, "the first setting is the full cache"
     return QualityReport(
         dtype=str(lm.binding.dtype).removeprefix("torch."),
         device=str(lm.binding.device),
@@ -93,9 +99,9 @@ def measure_quality(
         positions=len(probe.targets),
         recall_texts=recall_texts,
         seed=seed,
-        nll=float(_surprise(runs[REFERENCE].log_probabilities, probe.targets).mean()),
-        outcomes=tuple(compare(setting, run, runs[REFERENCE], probe.targets) for setting, run in runs.items()),
-        refused=tuple(refused.items()),
+        nll=float(_surprise(reference.log_probabilities, probe.targets).mean()),
+        outcomes=tuple(outcomes),
+        refused=tuple(refused),
     )
 
 
