@@ -16,7 +16,7 @@ from kvloom.cli.bench_quality_plot import draw
 
 SHORT = (
     "--prompt-tokens", "96", "--max-new-tokens", "3", "--passages", "1", "--recall-texts", "1",
-    "--policy", "recent", "--policy", "last-query", "--keep", "0.5", "--threads", "1",
+    "--retention", "recent", "--retention", "last-query", "--keep", "0.5", "--threads", "1",
 )  # fmt: skip
 
 
@@ -112,7 +112,7 @@ def test_what_a_model_cannot_honour_is_said_and_the_rest_is_measured() -> None:
     [
         (("--quality", "--num-beams", "2"), "`--num-beams` is for measuring speed. Leave out `--quality`"),
         (("--keep", "0.5"), "`--keep` is for measuring quality. Add `--quality`."),
-        (("--quality", "--policy", "recnt"), "Did you mean `recent`?"),
+        (("--quality", "--retention", "recnt"), "Did you mean `recent`?"),
         (("--quality", "--keep", "1.5"), "must be between 0 and 1"),
         (("--quality", "--text", "/no/such/file"), "cannot be read"),
         (("--quality", "--prompt-tokens", "5000"), "exceed the model's context of 1,024"),

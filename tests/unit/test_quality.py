@@ -7,7 +7,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from kvloom.cache.retention import Held
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -18,6 +17,7 @@ from kvloom.bench.quality.controls import Control, EveryKth, Random, Recent
 from kvloom.bench.quality.decode import UNCOUNTED, Subject
 from kvloom.bench.quality.measure import Run, compare, model_under
 from kvloom.bench.quality.settings import REFERENCE, all_settings
+from kvloom.cache.retention import Held
 from kvloom.errors import InvalidRequest
 from kvloom.loading import DEMO_MODEL
 from kvloom.model import LanguageModel
@@ -148,7 +148,7 @@ def test_divergence_agreement_and_surprise_are_those_of_the_textbook() -> None:
 def test_the_demonstration_model_recalls_what_is_kept_and_nothing_else() -> None:
     demo = kvloom.load()
     report = measure_quality(
-        demo, policies=["recent"], keeps=[0.2], codecs=["native"], context_tokens=320, new_tokens=3, passages=1
+        demo, policies=["recent"], keeps=[0.2], codecs=["native"], prompt_tokens=320, new_tokens=3, passages=1
     )
     full, recent = report.outcomes
     assert (full.kl, full.agreement, full.nll_change) == (0.0, 1.0, 0.0)
@@ -176,7 +176,7 @@ def test_settings_begin_with_the_full_cache_and_have_every_policy_at_every_share
         ({"keeps": [1.0]}, "must be between 0 and 1"),
         ({"keeps": [0.0]}, "must be between 0 and 1"),
         ({"codecs": ["int4"]}, "int4"),
-        ({"context_tokens": 1000}, "exceed the model's context of 256"),
+        ({"prompt_tokens": 1000}, "exceed the model's context of 256"),
         ({"passages": 0}, "`passages` must be a whole number"),
         ({"recall_texts": -1}, "`recall_texts` must be a whole number"),
         ({"new_tokens": 0}, "`new_tokens` must be a whole number"),

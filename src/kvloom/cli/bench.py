@@ -70,9 +70,9 @@ SPEED, QUALITY = "Speed", "Quality"
     help="Text that the model was not trained on.  [default: a tale that comes with KVLoom]",
 )
 @option(
-    "--policy",
+    "--retention",
     "policies",
-    metavar="NAME",
+    metavar="POLICY",
     multiple=True,
     section=QUALITY,
     help="sink-window, heavy-hitters, last-query, compressed-prompt, top-blocks, or a control: random, recent, "
@@ -159,7 +159,7 @@ def bench(
     kvloom bench
     kvloom bench --model Qwen/Qwen2.5-0.5B --prompt-tokens 2048 --num-beams 8 --plot growth.png
     kvloom bench --quality --plot quality.png
-    kvloom bench --quality --policy heavy-hitters --policy random --keep 0.25
+    kvloom bench --quality --retention heavy-hitters --retention random --keep 0.25
     """
     _refuse_options_of(SPEED if quality else QUALITY, ctx)
     if plot is not None:
@@ -167,7 +167,7 @@ def bench(
     lm = load_model(quiet=quiet, **settings)
     work: dict[str, Any] = {"new_tokens": new_tokens}
     if quality:
-        work |= {"context_tokens": prompt_tokens, "text": text, "policies": policies, "keeps": keeps}
+        work |= {"prompt_tokens": prompt_tokens, "text": text, "policies": policies, "keeps": keeps}
         work |= {"passages": passages, "recall_texts": recall_texts, "seed": seed}
         if _is_given("codec", ctx):
             work["codecs"] = (settings["codec"],)

@@ -31,7 +31,7 @@ def measure_quality(
     policies: Iterable[str] = tuple(POLICIES),
     keeps: Sequence[float] = KEEPS,
     codecs: Iterable[str] = CODECS,
-    context_tokens: int | None = None,
+    prompt_tokens: int | None = None,
     new_tokens: int = 32,
     passages: int = 4,
     recall_texts: int = 8,
@@ -48,7 +48,7 @@ def measure_quality(
         policies: names from `POLICIES`.
         keeps: the shares of a context's tokens that may stay, each between 0 and 1.
         codecs: how keys and values are kept, each with every policy.
-        context_tokens: length of the contexts; by default 768, or three quarters of a shorter context of the model.
+        prompt_tokens: length of the contexts; by default 768, or three quarters of a shorter context of the model.
         new_tokens: at how many positions of each passage distributions are compared.
         passages, recall_texts: how many; fewer passages if the text ends before.
         seed: of the planted facts and of random choices.
@@ -64,7 +64,7 @@ def measure_quality(
     settings = all_settings(policies, keeps, codecs)
     for name, count in {"new_tokens": new_tokens, "passages": passages, "recall_texts": recall_texts}.items():
         check_count(name, count, least=1)
-    context_tokens = _context_tokens(lm, context_tokens, new_tokens)
+    context_tokens = _context_tokens(lm, prompt_tokens, new_tokens)
     held_out = read_text(text)
     probe = _Probe(
         cut_passages(
@@ -105,18 +105,18 @@ def measure_quality(
     )
 
 
-def _context_tokens(lm: LanguageModel, context_tokens: int | None, new_tokens: int) -> int:
+def _context_tokens(lm: LanguageModel, prompt_tokens: int | None, new_tokens: int) -> int:
     """How long contexts are: so that what follows them fits the model."""
     if lm.engine.cache is None:
         raise InvalidRequest("this model keeps no keys and values, so there is nothing to keep less of.")
     if lm.tokenizer is None:
         raise InvalidRequest("texts and questions are measured on, so a tokenizer is needed. Attach one.")
     longest = lm.max_tokens or 1 << 30
-    wanted = min(CONTEXT_TOKENS, longest * 3 // 4) if context_tokens is None else context_tokens
-    check_count("context_tokens", wanted, least=1)
+    wanted = min(CONTEXT_TOKENS, longest * 3 // 4) if prompt_tokens is None else prompt_tokens
+    check_count("prompt_tokens", wanted, least=1)
     if wanted + new_tokens + UNCOUNTED > longest:
         raise InvalidRequest(
-            f"`context_tokens={wanted}` and `new_tokens={new_tokens}` exceed the model's context of {longest:,}. "
+            f"`prompt_tokens={wanted}` and `new_tokens={new_tokens}` exceed the model's context of {longest:,}. "
             "Lower one of them."
         )
     return wanted

@@ -84,7 +84,7 @@ def all_settings(policies: Iterable[str], keeps: Sequence[float], codecs: Iterab
         _check_policy(policy)
     for keep in keeps:
         if not 0 < keep < 1:
-            raise InvalidRequest(f"`keep={keep:g}` must be between 0 and 1: the share of the tokens that may stay.")
+            raise InvalidRequest(f"`keeps={keep:g}` must be between 0 and 1: the share of the tokens that may stay.")
     settings = [REFERENCE]
     # By codec, the reference's first: each has a cache of its own.
     for codec in sorted(dict.fromkeys(codecs), key=lambda name: name != REFERENCE.codec):
@@ -97,4 +97,4 @@ def _check_policy(name: str) -> None:
     if name not in POLICIES:
         close = difflib.get_close_matches(name, POLICIES, n=1)
         hint = f"Did you mean `{close[0]}`?" if close else f"There are {', '.join(POLICIES)}."
-        raise UnknownOption(f"`policy={name}` does not exist. {hint}")
+        raise UnknownOption(f"`policies={name}` does not exist. {hint}")

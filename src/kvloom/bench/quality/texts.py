@@ -135,7 +135,7 @@ def _spread(random: Random, count: int) -> list[float]:
 def _piece(text: str, borders: list[int], tokenizer: Any, random: Random, tokens: int) -> str:
     """As much of `text` between two borders, from a random one on, as `tokens` tokens can say."""
     if tokens < 1:
-        raise InvalidRequest("`context_tokens` leaves no room for text beside the facts. Raise it.")
+        raise InvalidRequest("`prompt_tokens` leaves no room for text beside the facts. Raise it.")
     tail = text[-CHARACTERS_PER_TOKEN * tokens :]
     tail_tokens = _count(tokenizer, tail)
     if tail_tokens < tokens:
@@ -182,5 +182,5 @@ def _unlike(one: list[int], other: list[int]) -> Iterator[int]:
 def _too_short(text: str, tokenizer: Any, tokens: int) -> InvalidRequest:
     return InvalidRequest(
         f"the text has {_count(tokenizer, text):,} tokens, but {tokens:,} are needed. "
-        "Pass a longer text, or lower context_tokens."
+        "Pass a longer text, or lower prompt_tokens."
     )
