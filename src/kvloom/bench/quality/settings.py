@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from itertools import product
 
 from kvloom.bench.quality.controls import EveryKth, Random, Recent
-from kvloom.cache.codec import check_codec
 from kvloom.cache.retention import (
     CompressedPrompt,
     HeavyHitters,
@@ -21,6 +20,9 @@ from kvloom.errors import InvalidRequest, UnknownOption
 
 FULL = "full"
 """Everything is kept: what the others are compared with."""
+
+CODECS = ("native",)
+"""How keys and values can be kept."""
 
 SINK_TOKENS = 4
 OBSERVED_TOKENS = 32
@@ -88,7 +90,8 @@ def all_settings(policies: Iterable[str], keeps: Sequence[float], codecs: Iterab
     settings = [REFERENCE]
     # By codec, the reference's first: each has a cache of its own.
     for codec in sorted(dict.fromkeys(codecs), key=lambda name: name != REFERENCE.codec):
-        settings.append(Setting(FULL, 1.0, check_codec(codec)))
+        _check_codec(codec)
+        settings.append(Setting(FULL, 1.0, codec))
         settings += [Setting(policy, keep, codec) for policy, keep in product(policies, dict.fromkeys(keeps))]
     return tuple(dict.fromkeys(settings))
 
@@ -98,3 +101,8 @@ def _check_policy(name: str) -> None:
         close = difflib.get_close_matches(name, POLICIES, n=1)
         hint = f"Did you mean `{close[0]}`?" if close else f"There are {', '.join(POLICIES)}."
         raise UnknownOption(f"`policies={name}` does not exist. {hint}")
+
+
+def _check_codec(name: str) -> None:
+    if name not in CODECS:
+        raise InvalidRequest(f"`codecs={name}` does not exist: keys and values are kept as {' or '.join(CODECS)}.")
