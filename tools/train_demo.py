@@ -85,11 +85,10 @@ class Stage:
 
     def _save(self) -> None:
         self.training.save(self.checkpoint)
-        export_model(self.training.model, self.tokenizer, self.out)
+        result = self.training.result()
+        export_model(result, self.tokenizer, self.out)
         figures = {
-            f"recall_{tokens}": measure_recall(
-                self.training.model, self.examiner, documents=MEASURED_DOCUMENTS, tokens=tokens
-            )
+            f"recall_{tokens}": measure_recall(result, self.examiner, documents=MEASURED_DOCUMENTS, tokens=tokens)
             for tokens in MEASURED_TOKENS
         }
         self._write_log(**figures)

@@ -89,7 +89,7 @@ def test_every_policy_and_codec_can_be_drawn_whether_or_not_anything_is_recalled
 def test_a_model_of_ones_own_and_a_text_of_ones_own_are_measured(stories260k: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("Once there was a cat. It sat on a mat. Then a dog came by, and they played all day. " * 40)
-    result = run("--quality", *SHORT, "--model", stories260k, "--text", text, "--json")
+    result = run("--quality", *SHORT, "--prompt-tokens", 250, "--model", stories260k, "--text", text, "--json")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["positions"] == 3
 
