@@ -1,9 +1,10 @@
-"""Measures the demonstration model on whole books, and lets it write.
+"""Measures the demonstration model on whole books and on planted facts, and lets it write.
 
     python tools/evaluate_demo.py bits       # bits per byte, the held-out books first
+    python tools/evaluate_demo.py recall     # facts planted in the held-out books, by length of text
     python tools/evaluate_demo.py samples    # stories by three decoding methods
 
-Both print Markdown, as the model card quotes it. Both use Hugging Face Transformers only: figures and stories
+All print Markdown, as the model card quotes it. All decode with Hugging Face Transformers only: figures and stories
 then do not depend on the library that the model demonstrates.
 """
 
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 from demo_corpus import END_OF_TEXT, HELD_OUT_BOOKS, held_out_books
+from demo_recall import examiner, measure_recall
 
 # Training books that resemble the held-out ones: a coloured fairy book, a family novel, talking animals.
 COMPARED_TRAINING_BOOKS = ("crimson-fairy-book.txt", "secret-garden.txt", "jungle-book.txt")
@@ -33,6 +35,8 @@ PROMPTS = (
     '"Who are you?" asked the princess.',
 )
 WINDOWS_A_BATCH = 8
+RECALL_TOKENS = (128, 256, 384, 512, 640, 768, 896, 1024)
+TOKENS_A_FACT = 60  # statement, question and answer, and some text around
 FOLDER = click.Path(path_type=Path, file_okay=False)
 DECODING_METHODS = {
     "greedy": {"do_sample": False},
@@ -121,6 +125,35 @@ def bits(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], corpus: Path, 
 
     report(f"held out ({len(HELD_OUT_BOOKS)} books)", held_out_books(corpus))
     report("trained on (similar books)", [corpus / name for name in COMPARED_TRAINING_BOOKS])
+
+
+@main.command()
+@click.option("--corpus", type=FOLDER, default=Path("../shared/corpus"), help="Folder of books.")
+@click.option("--documents", default=100, help="Texts of each length.")
+@click.option("--facts", multiple=True, type=int, default=(2, 8), help="Facts in a text; each is asked for.")
+@click.option("--seed", default=1, help="Of texts, facts and places.")
+@click.pass_obj
+def recall(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    corpus: Path,
+    documents: int,
+    facts: tuple[int, ...],
+    seed: int,
+) -> None:
+    """Print the share of questions answered to the last token, with names and values that training never used."""
+    model, tokenizer = loaded
+    writer = examiner(tokenizer.backend_tokenizer, corpus)
+    click.echo(
+        "| tokens | " + " | ".join(f"{count} facts" for count in facts) + " |\n" + "|---" * (len(facts) + 1) + "|"
+    )
+    for tokens in RECALL_TOKENS:
+        shares = [
+            measure_recall(model, writer, documents=documents, tokens=tokens, facts=count, seed=seed)
+            if tokens >= TOKENS_A_FACT * count
+            else None
+            for count in facts
+        ]
+        click.echo(f"| {tokens} | " + " | ".join("" if own is None else f"{own:.1%}" for own in shares) + " |")
 
 
 @main.command()

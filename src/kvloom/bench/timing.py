@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from kvloom.engine import Event, StepDone, Usage
+from kvloom.engine import Engine, Event, StepDone, Usage
 from kvloom.model import LanguageModel
 
 
@@ -33,23 +34,27 @@ def time_run(lm: LanguageModel, prompts: Sequence[list[int]], *, new_tokens: int
 
     The steps are those after the last prompt is computed, so that each decodes rows of all prompts.
     """
+    start = time.perf_counter()
+    with step_ends(lm.engine, rows=len(prompts)) as ends:
+        results = lm.generate(list(prompts), max_new_tokens=new_tokens, eos_token_id=None, **options)
+    steps = tuple(after - before for before, after in itertools.pairwise(ends))
+    return Timing(ends[0] - start, steps, sum(_usage(own).peak_bytes for own in results))
+
+
+@contextmanager
+def step_ends(engine: Engine, *, rows: int = 1) -> Iterator[list[float]]:
+    """Notes when each step ends (`time.perf_counter`), from the first that decodes so many rows on."""
     ends: list[float] = []
-    rows: list[int] = []
 
     def listen(event: Event) -> None:
-        if isinstance(event, StepDone) and event.decoded_rows:
+        if isinstance(event, StepDone) and (event.decoded_rows >= rows or (ends and event.decoded_rows)):
             ends.append(time.perf_counter())
-            rows.append(event.decoded_rows)
 
-    lm.engine.listeners.append(listen)
-    start = time.perf_counter()
+    engine.listeners.append(listen)
     try:
-        results = lm.generate(list(prompts), max_new_tokens=new_tokens, eos_token_id=None, **options)
+        yield ends
     finally:
-        lm.engine.listeners.remove(listen)
-    first = next(index for index, decoded in enumerate(rows) if decoded >= len(prompts))
-    steps = tuple(after - before for before, after in itertools.pairwise(ends[first:]))
-    return Timing(ends[first] - start, steps, sum(_usage(own).peak_bytes for own in results))
+        engine.listeners.remove(listen)
 
 
 def _usage(result: Any) -> Usage:

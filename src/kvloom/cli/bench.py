@@ -1,73 +1,118 @@
-"""`kvloom bench`."""
+"""`kvloom bench`: one command, two measurements, speed and quality."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from kvloom import __version__
-from kvloom.cli import show
+from kvloom.cli.bench_quality import run_quality
+from kvloom.cli.bench_speed import run_speed
 from kvloom.cli.figure import refuse_unless_plottable
 from kvloom.cli.group import Command
 from kvloom.cli.params import load_model, model_name, model_options, option
-from kvloom.cli.terminal import counting_runs, plain_table, stdout_console
-from kvloom.units import readable_bytes
+from kvloom.errors import InvalidRequest
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from kvloom.bench import SpeedReport
-
+POSITIVE = click.IntRange(min=1)
 SEVERAL = click.IntRange(min=2)
+SPEED, QUALITY = "Speed", "Quality"
 
 
 @click.command(cls=Command)
 @option(
+    "--quality",
+    is_flag=True,
+    section="Work",
+    help="Measure what retention policies and codecs cost, instead of speed.",
+)
+@option(
     "--prompt-tokens",
     metavar="N",
-    type=click.IntRange(min=1),
+    type=POSITIVE,
     section="Work",
-    help="[default: 512, or half of a shorter context]",
+    help="[default: 512, or half of a shorter context; with --quality 768, or three quarters]",
 )
 @option(
     "--max-new-tokens",
     "new_tokens",
     metavar="N",
     type=SEVERAL,
-    default=24,
-    show_default=True,
     section="Work",
-    help="Tokens of each run.",
+    help="Tokens of each run.  [default: 24; with --quality 32]",
 )
 @option(
-    "--num-beams",
-    metavar="N",
-    type=SEVERAL,
-    default=4,
-    show_default=True,
-    section="Work",
-    help="Beams of the beam search.",
+    "--num-beams", metavar="N", type=SEVERAL, default=4, show_default=True, section=SPEED, help="Beams of the search."
 )
-@option(
-    "--batch", metavar="N", type=SEVERAL, default=4, show_default=True, section="Work", help="Prompts of the batch."
-)
+@option("--batch", metavar="N", type=SEVERAL, default=4, show_default=True, section=SPEED, help="Prompts of the batch.")
 @option(
     "--longest",
     metavar="N",
     type=click.IntRange(min=32),
-    section="Work",
+    section=SPEED,
     help="Length up to which one token's cost is followed.  [default: 1,024, or what the context leaves]",
 )
 @option(
     "--runs",
     metavar="N",
-    type=click.IntRange(min=1),
+    type=POSITIVE,
     default=3,
     show_default=True,
-    section="Work",
+    section=SPEED,
     help="Medians are over so many runs.",
+)
+@option(
+    "--text",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    section=QUALITY,
+    help="Text that the model was not trained on.  [default: a tale that comes with KVLoom]",
+)
+@option(
+    "--retention",
+    "policies",
+    metavar="POLICY",
+    multiple=True,
+    section=QUALITY,
+    help="sink-window, heavy-hitters, last-query, compressed-prompt, top-blocks, or a control: random, recent, "
+    "every-kth; may be repeated.  [default: all]",
+)
+@option(
+    "--keep",
+    "keeps",
+    metavar="SHARE",
+    type=float,
+    multiple=True,
+    section=QUALITY,
+    help="Of the prompt's tokens, how many may stay; may be repeated.  [default: 0.5, 0.25, 0.125]",
+)
+@option(
+    "--passages",
+    metavar="N",
+    type=POSITIVE,
+    default=4,
+    show_default=True,
+    section=QUALITY,
+    help="Passages of the text at most.",
+)
+@option(
+    "--recall-texts",
+    metavar="N",
+    type=POSITIVE,
+    default=8,
+    show_default=True,
+    section=QUALITY,
+    help="Texts with two planted facts each.",
+)
+@option(
+    "--seed",
+    metavar="N",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    section=QUALITY,
+    help="Of the facts, and of random choices.",
 )
 @option("--json", "as_json", is_flag=True, section="Output", help="Print one JSON object.")
 @option(
@@ -75,100 +120,73 @@ SEVERAL = click.IntRange(min=2)
     metavar="FILE.png",
     type=click.Path(dir_okay=False, path_type=Path),
     section="Output",
-    help="Draw one token's cost against the length of the sequence. Needs matplotlib.",
+    help="Draw it: one token's cost against the length of the sequence; with --quality, what is lost and recalled "
+    "against what is kept. Needs matplotlib.",
 )
 @option("-q", "--quiet", is_flag=True, section="Output", help="No progress.")
 @model_options
+@click.pass_context
 def bench(
-    as_json: bool,
-    plot: Path | None,
-    quiet: bool,
-    runs: int,
+    ctx: click.Context,
+    /,
+    quality: bool,
     prompt_tokens: int | None,
-    new_tokens: int,
+    new_tokens: int | None,
     num_beams: int,
     batch: int,
     longest: int | None,
+    runs: int,
+    text: Path | None,
+    policies: tuple[str, ...],
+    keeps: tuple[float, ...],
+    passages: int,
+    recall_texts: int,
+    seed: int,
+    as_json: bool,
+    plot: Path | None,
+    quiet: bool,
     **settings: Any,
 ) -> None:
-    """Measure a model on this machine: prefill, greedy decoding, beams, a batch, with and without the cache.
+    """Measure a model on this machine: its speed, or what is lost when less is kept.
 
-    Prompts are random tokens. Let the machine be idle: another busy process changes timings tenfold.
+    Speed is prefill, greedy decoding, beams and a batch, with and without the cache, on random tokens. Let the machine
+    be idle: another busy process changes timings tenfold.
+
+    Quality is what retention policies and codecs change on held-out text, and whether facts planted in a text can still
+    be recalled, beside the full cache and beside controls that know nothing.
 
     \b
     kvloom bench
     kvloom bench --model Qwen/Qwen2.5-0.5B --prompt-tokens 2048 --num-beams 8 --plot growth.png
+    kvloom bench --quality --plot quality.png
+    kvloom bench --quality --retention heavy-hitters --retention random --keep 0.25
     """
+    _refuse_options_of(SPEED if quality else QUALITY, ctx)
     if plot is not None:
         refuse_unless_plottable(plot)
     lm = load_model(quiet=quiet, **settings)
-    from kvloom.bench import measure_speed
-
-    with counting_runs("bench", quiet=quiet) as on_progress:
-        report = measure_speed(
-            lm,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            num_beams=num_beams,
-            batch=batch,
-            longest=longest,
-            runs=runs,
-            on_progress=on_progress,
-        )
-    model = model_name(settings["model"])
-    if plot is not None:
-        from kvloom.cli.growth_plot import draw
-
-        draw(report, model, plot)
-    if as_json:
-        show.print_json({"kvloom": __version__, "model": model, **report.to_dict()})
+    work: dict[str, Any] = {"new_tokens": new_tokens}
+    if quality:
+        work |= {"prompt_tokens": prompt_tokens, "text": text, "policies": policies, "keeps": keeps}
+        work |= {"passages": passages, "recall_texts": recall_texts, "seed": seed}
+        if _is_given("codec", ctx):
+            work["codecs"] = (settings["codec"],)
     else:
-        _print(report, model)
+        work |= {"prompt_tokens": prompt_tokens, "longest": longest}
+        work |= {"num_beams": num_beams, "batch": batch, "runs": runs}
+    # What was left open is for the measurement to choose.
+    chosen = {name: own for name, own in work.items() if own not in (None, ())}
+    run = run_quality if quality else run_speed
+    run(lm, model_name(settings["model"]), plot=plot, as_json=as_json, quiet=quiet, **chosen)
 
 
-def _print(report: SpeedReport, model: str) -> None:
-    from rich.text import Text
-
-    console = stdout_console()
-    console.print(Text(model, style="bold"), soft_wrap=True)
-    facts = f"{report.dtype} on {report.device}, {report.threads} threads, attached through the {report.binding}"
-    console.print(Text(facts, style="dim"), soft_wrap=True)
-    console.print(_works(report))
-    console.print(_growth(report))
-    console.print(Text.assemble(("memory reads at ", "dim"), f"{report.bandwidth / 1e9:.0f} GB/s", *_weights(report)))
+def _refuse_options_of(section: str, ctx: click.Context) -> None:
+    """An option of the other measurement would do nothing."""
+    for parameter in ctx.command.params:
+        if getattr(parameter, "section", None) == section and _is_given(str(parameter.name), ctx):
+            remedy = "Leave out `--quality`, or this option." if section == SPEED else "Add `--quality`."
+            raise InvalidRequest(f"`{parameter.opts[-1]}` is for measuring {section.lower()}. {remedy}")
 
 
-def _weights(report: SpeedReport) -> list[tuple[str, str]]:
-    if report.weight_bytes is None:
-        return [("; bytes of weights that a step reads are not known for this model", "dim")]
-    limit = report.weight_bytes / report.bandwidth
-    return [(f"; a step reads {readable_bytes(report.weight_bytes)} of weights: {_time(limit)} at least", "dim")]
-
-
-def _works(report: SpeedReport) -> Table:
-    table = plain_table("work", "time", "tokens/s", "of bandwidth", "keys and values")
-    for work in report.works:
-        share = "" if work.bandwidth_share is None else f"{work.bandwidth_share:.0%}"
-        table.add_row(
-            work.name, _time(work.seconds), f"{work.tokens_per_second:,.0f}", share, readable_bytes(work.cache_bytes)
-        )
-    return table
-
-
-def _growth(report: SpeedReport) -> Table:
-    table = plain_table("one more token after", "cached", "uncached", "faster")
-    for own in report.growth:
-        table.add_row(
-            f"{own.tokens:,}", _time(own.cached_seconds), _time(own.uncached_seconds), f"{own.times_faster:,.1f} x"
-        )
-    return table
-
-
-def _time(seconds: float) -> str:
-    return (
-        f"{seconds:,.2f} s"
-        if seconds >= 10
-        else f"{1e3 * seconds:,.2f} ms"
-        if seconds < 0.1
-        else f"{1e3 * seconds:,.0f} ms"
-    )
+def _is_given(name: str, ctx: click.Context) -> bool:
+    return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
