@@ -147,10 +147,10 @@ class PackedLinears:
         weights = packable(model, packing, exclusive=exclusive)
         packing.reserve(weight.parameter for weight in weights)
         files = mapped_files() if exclusive else []
+        # One by one, so that a whole second copy is never in memory.
         for weight in weights:
-            packed = packing.pack(weight.parameter)
-            if is_right(packing, packed, weight.parameter):
-                # One by one, so that a whole second copy is never in memory.
+            packed = _pack(weight, packing, files if exclusive and weight.can_be_given_up(packing) else [])
+            if packed is not None:
                 self._take_over(weight, packing, packed, files)
 
     def _take_over(self, weight: Weight, packing: Packing, packed: Any, files: list[Range]) -> None:
@@ -217,6 +217,22 @@ class PackedLinears:
             for given_up in self._given_up:
                 given_up.restore(self._packing)
         self._layers, self._packed_of, self._given_up, self.packed_bytes = {}, {}, [], 0
+
+
+def _pack(weight: Weight, packing: Packing, files: list[Range]) -> Any:
+    """The packed weight; None if its products are not the plain one's.
+
+    Pages of `files` leave memory as they are packed: if they are wanted after all, they are read again.
+    """
+    wrong = False
+
+    def look(rows: Tensor, packed: Any) -> None:
+        nonlocal wrong
+        wrong = wrong or not is_right(packing, packed, rows)
+        drop_pages(rows, files)
+
+    packed = packing.pack(weight.parameter, look)
+    return None if wrong else packed
 
 
 def _is_plain(module: nn.Module) -> bool:

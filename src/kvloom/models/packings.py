@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from kvloom.native import Library, native
-from kvloom.native.linear import ALIGNED_BYTES, LinearKernels, PackedWeight, Projection, packed_elements
+from kvloom.native.linear import ALIGNED_BYTES, LANES, LinearKernels, PackedWeight, Projection, packed_elements
+
+Look = Callable[[Tensor, Any], None]
+
+PIECE_BYTES = 16 << 20
+"""Of plain weights that are packed before the next look: what is in memory twice while a mapped file is packed."""
 
 
 class Packing(Protocol):
@@ -29,8 +34,8 @@ class Packing(Protocol):
         """Weights that are going to be packed, in this order."""
         ...
 
-    def pack(self, weight: Tensor) -> Any:
-        """Pack a weight [outputs, inner]."""
+    def pack(self, weight: Tensor, look: Look | None = None) -> Any:
+        """Pack a weight [outputs, inner], piece by piece; after each piece call `look(rows, packed rows)`."""
         ...
 
     def unpack(self, packed: Any) -> Tensor:
@@ -76,14 +81,22 @@ class NativePacking:
             needed[weight.dtype] = needed.get(weight.dtype, 0) + self._elements(weight)
         self._rooms = {dtype: self._kernels.make_room(elements, dtype) for dtype, elements in needed.items()}
 
-    def pack(self, weight: Tensor) -> PackedWeight:
+    def pack(self, weight: Tensor, look: Look | None = None) -> PackedWeight:
         """Into what is left of the room, else into new memory."""
+        outputs, inner = weight.shape
         room = self._rooms.get(weight.dtype)
-        elements = packed_elements(weight.shape[0], weight.shape[1], weight.dtype)
-        if room is None or len(room) < elements:
-            return self._kernels.pack(weight)
-        self._rooms[weight.dtype] = room[self._elements(weight) :]
-        return self._kernels.pack(weight, room[:elements])
+        if room is None or len(room) < self._elements(weight):
+            room = self._kernels.make_room(self._elements(weight), weight.dtype)
+        else:
+            self._rooms[weight.dtype] = room[self._elements(weight) :]
+        tiles = max(1, PIECE_BYTES // (LANES * inner * weight.element_size()))
+        for first in range(0, outputs, tiles * LANES):
+            rows = weight.detach()[first : first + tiles * LANES]
+            start = packed_elements(first, inner, weight.dtype)
+            piece = self._kernels.pack(rows, room[start : start + packed_elements(len(rows), inner, weight.dtype)])
+            if look is not None:
+                look(rows, piece)
+        return PackedWeight(room[: packed_elements(outputs, inner, weight.dtype)], outputs, inner)
 
     def unpack(self, packed: PackedWeight) -> Tensor:
         """See `Packing`."""
@@ -129,9 +142,11 @@ class OneDnnPacking:
     def reserve(self, weights: Iterable[Tensor]) -> None:
         """Nothing: each packed weight has memory of its own."""
 
-    def pack(self, weight: Tensor) -> Tensor:
-        """See `Packing`."""
+    def pack(self, weight: Tensor, look: Look | None = None) -> Tensor:
+        """In one piece."""
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), self.rows_hint)
+        if look is not None:
+            look(weight.detach(), packed)
         return packed
 
     def unpack(self, packed: Tensor) -> Tensor:
