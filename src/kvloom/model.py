@@ -292,8 +292,8 @@ class LanguageModel:
         """Prove on this model that cached output equals uncached output.
 
         Greedy decoding, sampling and beam search are compared with `use_cache=False`, and that with the model's own
-        forward; then a cold with a warm prefix, one chunk with many, alone with in a ragged batch. The checks run on caches
-        of their own, which are freed; contexts and other requests are not touched.
+        forward; then a cold with a warm prefix, one chunk with many, alone with in a ragged batch. The checks run on
+        caches of their own, which are freed; contexts and other requests are not touched.
 
         Args:
             prompts: a prompt or a list of prompts; by default three short ones that fit the model's context.
