@@ -133,7 +133,7 @@ def test_a_token_beyond_the_vocabulary_is_an_error_and_no_memory_is_read() -> No
 
 def test_verify_says_bit_identical_and_compares_with_the_models_own_forward() -> None:
     report = _attach(tiny_model("mistral")).verify(max_new_tokens=6)
-    own, *others = report.checks
+    *others, own = report.checks
     assert report.ok and report.bit_identical
     assert (own.reference, own.verdict) in {("own forward", "equal"), ("own forward", "near tie")}
     assert {check.verdict for check in others} == {"bit-identical"}

@@ -81,7 +81,7 @@ class Check:
         """ "bit-identical": same tokens, and every bit of the logits. "equal": same tokens, logits within tolerance.
         "near tie": logits within tolerance, and that small difference explains why another token won. "failed":
         anything else; where every operation is native, anything but the same bits."""
-        if self.same_bits:
+        if self.same_bits and self.max_difference == 0.0:
             return "bit-identical"
         if not self.relative_tolerance:
             return "failed"
