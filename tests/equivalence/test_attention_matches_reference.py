@@ -142,7 +142,7 @@ def test_a_prefix_of_eight_beams_is_one_span_and_read_as_a_view(kernel: str) -> 
         if decoded in (0, 19):
             bench.check(torch_ops.attend, step)
     store = bench.cache.store.keys[0]
-    assert torch_ops._read(store, spans[0]).data_ptr() == store.data_ptr(), "a view, not a copy"
+    assert torch_ops._read(store, spans[0].slots).data_ptr() == store.data_ptr(), "a view, not a copy"
 
 
 def test_beams_of_two_prompts_share_each_their_own() -> None:
