@@ -108,7 +108,7 @@ def _table(report: Report) -> Any:
 
     from kvloom.verify.report import COLUMNS
 
-    table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False, padding=0)
     for column in COLUMNS:
         words = column in ("method", "compared", "verdict")
         table.add_column(column, justify="left" if words else "right", no_wrap=True)
