@@ -101,7 +101,7 @@ class Bench:
         tokens = step_plan.tokens
         keys = self.random(heads.kv_heads, tokens, heads.key_dim)
         values = self.random(heads.kv_heads, tokens, heads.value_dim)
-        self.cache.store.write(0, step_plan.groups[0].write_slots, keys, values)
+        self.cache.store.write(0, step_plan.groups[0].writes, keys, values)
         row = 0
         for sequence, count in requests:
             sequence.keys += keys[:, row : row + count].unbind(1)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from kvloom.cache import Codec, check_codec
 from kvloom.cache.retention import Retention, TopBlocks
 from kvloom.engine import Engine
 from kvloom.engine.retaining import check_policy, settle
@@ -26,6 +27,7 @@ def load(
     device: torch.device | str = "cpu",
     budget_bytes: int | None = None,
     block_tokens: int = 16,
+    codec: Codec = "native",
     retention: Retention | None = None,
     threads: int | None = None,
 ) -> LanguageModel:
@@ -38,6 +40,8 @@ def load(
         budget_bytes: the most that the cache may take; by default eight sequences of the model's context, at
             most a quarter of the available memory.
         block_tokens: tokens a block.
+        codec: how keys and values are kept. "native": in the model's dtype. "int8": full blocks at 8 bits, about half
+            the bytes of bfloat16; a little is lost, and `verify` says how much.
         retention: the policy of calls that name none, such as `kvloom.SinkWindow()`; none by default.
         threads: PyTorch's threads, for the whole process; by default as PyTorch has them.
 
@@ -46,6 +50,7 @@ def load(
     """
     _check_sizes(budget_bytes=budget_bytes, block_tokens=block_tokens, threads=threads)
     check_policy(retention)
+    check_codec(codec)
     loaded, tokenizer = load_pretrained(model, dtype=dtype, device=_device(device))
     binding = _bind_transformers(loaded, exclusive=True)
     return _language_model(
@@ -54,6 +59,7 @@ def load(
         loaded.generation_config,
         budget_bytes=budget_bytes,
         block_tokens=block_tokens,
+        codec=codec,
         retention=retention,
         threads=threads,
     )
@@ -68,6 +74,7 @@ def attach(
     device: torch.device | str | None = None,
     budget_bytes: int | None = None,
     block_tokens: int = 16,
+    codec: Codec = "native",
     retention: Retention | None = None,
     threads: int | None = None,
     exclusive: bool = False,
@@ -81,7 +88,7 @@ def attach(
             attached, and `lm.binding.reason` why not faster.
         tokenizer: needed for text prompts and for text results.
         vocab_size, max_tokens, device: of a callable; a model knows its own.
-        budget_bytes, block_tokens, retention, threads: as for `load`.
+        budget_bytes, block_tokens, codec, retention, threads: as for `load`.
         exclusive: whether KVLoom may have the weights for itself. By default yours stay as they are and KVLoom makes a
             second, packed copy of the linear layers'. With `exclusive=True` one copy is in memory, the packed one:
             until `detach`, which puts your weights back bit for bit, calls of your model run on it, and its parameters
@@ -96,6 +103,7 @@ def attach(
     """
     _check_sizes(budget_bytes=budget_bytes, block_tokens=block_tokens, threads=threads, max_tokens=max_tokens)
     check_policy(retention)
+    check_codec(codec)
     binding = _bind(model, vocab_size=vocab_size, max_tokens=max_tokens, device=device, exclusive=exclusive)
     if tokenizer is not None:
         if not hasattr(tokenizer, "get_vocab"):
@@ -107,6 +115,7 @@ def attach(
         getattr(model, "generation_config", None),
         budget_bytes=budget_bytes,
         block_tokens=block_tokens,
+        codec=codec,
         retention=retention,
         threads=threads,
     )
@@ -153,6 +162,7 @@ def _language_model(
     *,
     budget_bytes: int | None,
     block_tokens: int,
+    codec: Codec,
     retention: Retention | None,
     threads: int | None,
 ) -> LanguageModel:
@@ -162,6 +172,7 @@ def _language_model(
         binding,
         budget_bytes=budget_bytes,
         block_tokens=block_tokens,
+        codec=codec,
         block_bounds=isinstance(retention, TopBlocks),
     )
     config = generation_config if isinstance(generation_config, GenerationConfig) else None

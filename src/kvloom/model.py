@@ -295,7 +295,7 @@ class LanguageModel:
             num_beams: sequences that share each prompt in a beam search; by default 1.
             num_return_sequences: of the beams; without beams, samples that share each prompt. By default 1.
             batch: prompts in one call, each counted as if it shared nothing with the others; by default 1.
-            block_tokens, budget_bytes, retention: by default those of this model.
+            block_tokens, budget_bytes, codec, retention: by default those of this model.
 
         Returns:
             a `MemoryPlan`: exact bytes of weights and cache, an estimate of what a process takes besides, and what

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kvloom.cache import CacheLayout
+from kvloom.cache import CacheLayout, Codec, check_codec
 from kvloom.cache.retention import Retention, TopBlocks
 from kvloom.calls import check_length
 from kvloom.engine import Engine
@@ -25,9 +25,9 @@ from kvloom.engine.footprint import product_bytes, resident_bytes, warm_up
 from kvloom.engine.planner import default_budget_bytes, longest_kept, request_blocks, worst_case_blocks
 from kvloom.engine.rehearsal import step_bytes
 from kvloom.engine.retaining import check_policy
-from kvloom.errors import CacheFull, InvalidRequest, UnknownOption, UnsupportedModel, UnsupportedOption
+from kvloom.errors import CacheFull, InvalidRequest, UnknownOption, UnsupportedModel
 from kvloom.loading import load_config, read_dtype
-from kvloom.models import Binding, HostedModel, Source
+from kvloom.models import Binding, HostedModel, Source, check_codec_of
 from kvloom.models.encoder import Encoder
 from kvloom.models.packed import packable
 from kvloom.models.packings import choose_packing
@@ -39,10 +39,6 @@ DEFAULT_SOURCE_TOKENS = 512
 DEFAULT_NEW_TOKENS = 256
 CURVE_POINTS = 64
 
-# What is designed and does not exist yet; naming the present way is allowed.
-ONE_VALUE_ONLY = {
-    "codec": ("native", "keys and values are kept in the model's own dtype"),
-}
 OPTIONS = (
     "prompt_tokens",
     "source_tokens",
@@ -54,7 +50,7 @@ OPTIONS = (
     "block_tokens",
     "budget_bytes",
     "retention",
-    *ONE_VALUE_ONLY,
+    "codec",
 )
 
 
@@ -94,6 +90,8 @@ class GroupPlan:
         layers: how many they are.
         bytes_per_block: of one block, over all these layers.
         blocks: the most that the batch holds at once. apart_blocks: the same if each sequence had a cache of its own.
+        bytes_per_open_block: what a block takes besides while it is open, where full ones are sealed; else 0.
+        open_blocks: the most blocks that are open at once; shared or apart, a sequence ends in one of its own.
     """
 
     reach: str
@@ -101,6 +99,8 @@ class GroupPlan:
     bytes_per_block: int
     blocks: int
     apart_blocks: int
+    bytes_per_open_block: int
+    open_blocks: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ class MemoryPlan:
     """What a batch of requests takes. All sizes are bytes, all lengths tokens. Made by `plan` and `LanguageModel.plan`.
 
     Attributes:
-        model, dtype: what was planned for.
+        model, dtype, codec: what was planned for.
         max_tokens: the model's context; None if it states none.
         prompt_tokens, max_new_tokens, num_beams, num_return_sequences, batch: of the request; `batch` prompts.
         source_tokens: length of each source, of an encoder-decoder model, whose prompts are its decoder's; else 0.
@@ -120,6 +120,7 @@ class MemoryPlan:
         budget_bytes: as asked for; else what the model has, or what `load` would choose on this machine.
         budget_is_default: whether it was not asked for.
         pool_blocks: blocks that the budget gives each layer group.
+        pool_open_blocks: how many of them can be open at once.
         requests_at_once: how many of the batch's prompts fit the budget together; the others wait for them.
         longest_sequence: the longest single sequence that the budget holds; None if windows bound every layer.
         longest_prompt: the longest prompt with which the whole batch fits at once, within the model's context; None if
@@ -147,6 +148,7 @@ class MemoryPlan:
     budget_bytes: int
     budget_is_default: bool
     pool_blocks: int
+    pool_open_blocks: int
     requests_at_once: int
     longest_sequence: int | None
     longest_prompt: int | None
@@ -160,12 +162,12 @@ class MemoryPlan:
     @property
     def cache_bytes(self) -> int:
         """The most that the batch's keys and values take; `usage.peak_bytes` of its requests add up to no more."""
-        return sum(group.blocks * group.bytes_per_block for group in self.groups)
+        return self.bytes_at(self.prompt_tokens)
 
     @property
     def apart_bytes(self) -> int:
         """The same in a paged cache in which every sequence stores its own prompt."""
-        return sum(group.apart_blocks * group.bytes_per_block for group in self.groups)
+        return self.bytes_at(self.prompt_tokens, apart=True)
 
     @property
     def allocated_bytes(self) -> int:
@@ -173,12 +175,18 @@ class MemoryPlan:
 
         On a CPU the operating system hands out their pages as they are first written.
         """
-        return self.pool_blocks * self.layout.bytes_per_row_of_blocks
+        return self.layout.total_bytes(self.pool_blocks)
 
     @property
     def needed_budget_bytes(self) -> int:
         """The smallest budget in which the whole batch runs at once: every layer group gets as many blocks."""
-        return max(group.blocks for group in self.groups) * self.layout.bytes_per_row_of_blocks
+        blocks, open_blocks = (max(getattr(own, name) for own in self.groups) for name in ("blocks", "open_blocks"))
+        return self.layout.budget_for(blocks, open_blocks=open_blocks)
+
+    @property
+    def codec(self) -> str:
+        """How full blocks are kept."""
+        return self.layout.codec
 
     @property
     def fits(self) -> bool:
@@ -211,7 +219,10 @@ class MemoryPlan:
     def bytes_at(self, prompt_tokens: int, *, apart: bool = False) -> int:
         """Cache bytes of the same batch with prompts of another length; `apart` as in `apart_bytes`."""
         blocks = self._blocks_at(prompt_tokens, apart)
-        return sum(own * group.bytes_per_block for own, group in zip(blocks, self.groups, strict=True))
+        return sum(
+            own * group.bytes_per_block + group.open_blocks * group.bytes_per_open_block
+            for own, group in zip(blocks, self.groups, strict=True)
+        )
 
     @cached_property
     def curve(self) -> tuple[tuple[int, int, int], ...]:
@@ -239,13 +250,14 @@ class MemoryPlan:
             "batch",
             "rows",
         )
-        budget = ("budget_bytes", "budget_is_default", "pool_blocks", "requests_at_once")
+        budget = ("budget_bytes", "budget_is_default", "pool_blocks", "pool_open_blocks", "requests_at_once")
         lengths = ("longest_sequence", "longest_prompt")
         process = ("scratch_bytes", "check_bytes", "products_bytes", "baseline_bytes")
         peaks = ("load_peak_bytes", "attach_peak_bytes")
         return {
             "model": self.model,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "codec": self.codec,
             **{name: getattr(self, name) for name in plain},
             "retention": None if self.retention is None else repr(self.retention),
             "block_tokens": self.layout.block_tokens,
@@ -309,7 +321,8 @@ def plan_for(engine: Engine, options: dict[str, Any]) -> MemoryPlan:
     if options.get("dtype") is not None:
         raise InvalidRequest(f"the model is loaded in {binding.dtype}; kvloom.plan() plans it in another dtype.")
     request = _Request.checked(
-        {"block_tokens": engine.cache.layout.block_tokens} | {k: v for k, v in options.items() if k != "dtype"}
+        {"block_tokens": engine.cache.layout.block_tokens, "codec": engine.cache.layout.codec}
+        | {name: value for name, value in options.items() if name != "dtype"}
     )
     weightless = build_weightless(binding.model.config, binding.dtype)
     resident = resident_bytes()
@@ -360,6 +373,7 @@ class _Request:
     block_tokens: int
     budget_bytes: int | None
     retention: Retention | None
+    codec: Codec
 
     @classmethod
     def checked(cls, options: dict[str, Any]) -> _Request:
@@ -367,10 +381,8 @@ class _Request:
         for name in given:
             if name not in OPTIONS:
                 raise UnknownOption.named(name, OPTIONS)
-        for name, (only, instead) in ONE_VALUE_ONLY.items():
-            if given.pop(name, only) != only:
-                raise UnsupportedOption(f"`{name}={options[name]}` does not exist in this version: {instead}.")
         check_policy(retention := given.pop("retention", None))
+        codec = check_codec(given.pop("codec", "native"))
         for name, value in given.items():
             least = 0 if name in ("prompt_tokens", "max_new_tokens") else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -388,6 +400,7 @@ class _Request:
             block_tokens=given.get("block_tokens", 16),
             budget_bytes=given.get("budget_bytes"),
             retention=retention,
+            codec=codec,
         )
 
     def lengths(self, limit: int | None, encoder: Encoder | None) -> tuple[int, int]:
@@ -435,11 +448,13 @@ def _plan(
     step_tokens: int = STEP_TOKENS,
 ) -> MemoryPlan:
     policy = request.retention
+    check_codec_of(binding, request.codec)
     layout = CacheLayout(
         layers=binding.layers,
         dtype=binding.dtype,
         block_tokens=request.block_tokens,
         block_bounds=isinstance(policy, TopBlocks),
+        codec=request.codec,
     )
     limit = None if policy is not None and policy.reindexes else binding.max_tokens
     source = _source(request, binding.encoder)
@@ -470,6 +485,10 @@ def _plan(
         )
     pool = _pool_blocks(layout, budget)
     need, apart = blocks_at(prompt, False), blocks_at(prompt, True)
+    open_blocks = request.batch * rows
+    at_once = [pool * request.batch // blocks for blocks in need]
+    if layout.seals:
+        at_once.append(layout.open_blocks(pool) // rows)
     return MemoryPlan(
         model=name,
         dtype=binding.dtype,
@@ -490,6 +509,8 @@ def _plan(
                 bytes_per_block=layout.bytes_per_block(group),
                 blocks=blocks,
                 apart_blocks=apart_blocks,
+                bytes_per_open_block=layout.bytes_per_open_block(group),
+                open_blocks=open_blocks if layout.seals else 0,
             )
             for group, blocks, apart_blocks in zip(layout.groups, need, apart, strict=True)
         ),
@@ -497,7 +518,8 @@ def _plan(
         budget_bytes=budget,
         budget_is_default=request.budget_bytes is None,
         pool_blocks=pool,
-        requests_at_once=min(request.batch, *(pool * request.batch // blocks for blocks in need)),
+        pool_open_blocks=layout.open_blocks(pool) if layout.seals else 0,
+        requests_at_once=min(request.batch, *at_once),
         longest_sequence=_longest_sequence(layout, pool, step_tokens, policy),
         longest_prompt=_longest_prompt(layout, pool, limit, new, lambda tokens: blocks_at(tokens, False)),
         scratch_bytes=step_bytes(
@@ -522,7 +544,7 @@ def _pool_blocks(layout: CacheLayout, budget_bytes: int) -> int:
     if blocks < 1:
         raise CacheFull(
             f"budget_bytes={budget_bytes:,} is below one block: a block of {layout.block_tokens} tokens "
-            f"takes {layout.bytes_per_row_of_blocks:,} bytes. Raise budget_bytes."
+            f"takes {layout.total_bytes(1):,} bytes. Raise budget_bytes."
         )
     return blocks
 

@@ -67,7 +67,7 @@ def afresh(bench: Bench, kernels: NativeAttention, sequence: Sequence, queries: 
     extension = own.cache.extend([(own.open().cached, len(sequence.keys))])
     group = build_plan(own.cache, extension, logits=[1]).groups[0]
     store = own.cache.store
-    store.write(0, group.write_slots, torch.stack(sequence.keys, 1), torch.stack(sequence.values, 1))
+    store.write(0, group.writes, torch.stack(sequence.keys, 1), torch.stack(sequence.values, 1))
     others = own.random(len(sequence.keys) - len(queries), *queries.shape[1:])
     row = torch.cat([others, queries])
     return kernels.attend(row, store.keys[0], store.values[0], group, **own.heads.options())[len(others) :]
@@ -170,7 +170,7 @@ def test_an_infinite_value_harms_only_the_rows_that_see_it(kernels: NativeAttent
     bench = Bench(reach=reach)
     sequence = bench.open()
     step = bench.step((sequence, 40))
-    bench.cache.store.values[0][:, int(step.plan.groups[0].write_slots[20])] = torch.inf
+    bench.cache.store.values[0][:, int(step.plan.groups[0].writes[20])] = torch.inf
     output = bench.attend(kernels.attend, step)
     last = 39 if reach.unlimited else 27
     harmed = ~output.isfinite().all(-1).all(-1)

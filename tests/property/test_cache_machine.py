@@ -23,6 +23,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from kvloom.blocks import PoolExhausted
 from kvloom.blocks.table import COUNT, FIRST, Table
 from kvloom.cache import CachedSequence, CacheLayout, Extension, KVCache, LayerShape, Reach
+from kvloom.cache.placement import Placement
 from kvloom.cache.snapshot import Origin, open_snapshot, write_snapshot
 
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=9)
@@ -178,12 +179,12 @@ class CacheMachine(RuleBasedStateMachine):
             with open_snapshot(path) as file:
                 assert (file.origin, file.regime, file.token_ids) == (ORIGIN, (3,), [*sequence.history, 7])
                 try:
-                    cached, slots = self.cache.place(file.positions(self.cache.layout), tokens=file.tokens)
+                    cached = self.cache.place(file.placements(self.cache.layout), tokens=file.tokens)
                 except PoolExhausted:
                     assert max(len(table.runs) for table in sequence.cached.tables) > free_or_idle
                     assert self.snapshot() == before
                     return multiple()
-                file.load(self.cache, slots)
+                file.load(self.cache, cached)
         for table, original in zip(cached.tables, sequence.cached.tables, strict=True):
             assert table.runs[:, 1:].tolist() == original.runs[:, 1:].tolist(), "the same runs, in other blocks"
         self.live.append(copy := Sequence(cached, sequence.extra_key, list(sequence.history)))
@@ -346,12 +347,13 @@ def test_the_distinct_blocks_of_forks_are_counted_once() -> None:
 def test_placed_tokens_lie_in_their_blocks_where_appended_ones_would() -> None:
     cache = cache_of(Reach(window_tokens=6), block_tokens=4, blocks=8)
     positions = np.array([0, 1, 2, 3, 4, 5, 6]), np.array([1, 2, 3, 4, 6])  # the second with a gap
-    sequence, slots = cache.place(positions, tokens=7)
+    sequence = cache.place([Placement.of_positions(own, 4) for own in positions], tokens=7)
+    slots = [table.slots() for table in sequence.tables]
     full, gaps = (table.runs[:, 1:].tolist() for table in sequence.tables)
     assert full == [[0, 4, 0], [0, 3, 4]]
     assert gaps == [[1, 3, 1], [0, 1, 4], [2, 1, 6]]
     assert [sorted(own) for own in slots] == [own.tolist() for own in slots], "each slot once, in token order"
-    assert [table.slots().tolist() for table in sequence.tables] == [own.tolist() for own in slots]
+    assert [table.positions().tolist() for table in sequence.tables] == [own.tolist() for own in positions]
     run(cache, (sequence, 2))
     assert sequence.tables[0].runs[:, 1:].tolist() == [[0, 4, 0], [0, 4, 4], [0, 1, 8]]
     cache.close(sequence)

@@ -153,5 +153,5 @@ def test_every_row_attends_to_all_of_its_source_and_to_nothing_else(rows: list[t
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     slow = reference.attend(queries, store.keys[CROSS], store.values[CROSS], plan, scale=0.5)
     torch.testing.assert_close(slow, expected, atol=1e-5, rtol=1e-5)
-    assert plan.write_slots.numel() == 0
+    assert plan.writes.numel() == 0
     assert len(plan.spans) <= len({source for source, _ in rows}), "a source is read once, however many rows read it"

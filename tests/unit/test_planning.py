@@ -24,7 +24,6 @@ from kvloom.errors import (
     PromptTooLong,
     UnknownOption,
     UnsupportedModel,
-    UnsupportedOption,
 )
 from kvloom.models import AttentionInterfaceBinding
 from kvloom.models.packings import choose_packing
@@ -372,9 +371,9 @@ def test_a_rehearsal_leaves_the_model_as_it_was() -> None:
         ),
         ({"num_beam": 2}, UnknownOption, r"unknown option `num_beam`. Did you mean `num_beams`\?"),
         (
-            {"codec": "int8"},
-            UnsupportedOption,
-            r"`codec=int8` does not exist in this version: keys and values are kept",
+            {"codec": "int4"},
+            InvalidRequest,
+            r"`codec=int4` does not exist: keys and values are kept as native or int8",
         ),
         ({"retention": "sinks"}, InvalidRequest, r"`retention` must be a policy"),
         ({"prompt_tokens": 250, "max_new_tokens": 7}, PromptTooLong, r"250 prompt tokens and 7 new ones exceed .* 256"),

@@ -11,11 +11,14 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from kvloom.attention.plan import GroupPlan
 from kvloom.attention.schedule import Schedule, Scheduler
+from kvloom.cache import AnyStore, Int8Store, MixedKept, Sealed
 from kvloom.native import Library, native
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -35,7 +38,7 @@ class NativeAttention:
         self._attend = library.function(
             "kvloom_attend",
             *(ctypes.c_int, ctypes.c_void_p, *shape),
-            *(*tensor, ctypes.c_int64, *tensor, *tensor),
+            *(*tensor, ctypes.c_int64, *tensor, *tensor, ctypes.c_void_p),
             *(ctypes.c_void_p, ctypes.c_float, ctypes.c_float),
             *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int),
         )
@@ -48,8 +51,8 @@ class NativeAttention:
     def attend(
         self,
         queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        keys: Tensor | MixedKept,
+        values: Tensor | MixedKept,
         plan: GroupPlan,
         *,
         scale: float,
@@ -57,6 +60,12 @@ class NativeAttention:
         sinks: Tensor | None = None,
     ) -> Tensor:
         """The same as `reference.attend`; see there for shapes."""
+        sealed: npt.NDArray[np.int64] | None = None
+        if isinstance(keys, MixedKept):
+            assert isinstance(values, MixedKept), "keys and values are kept alike"
+            sealed = np.array([*_facts(keys.sealed), *_facts(values.sealed)], dtype=np.int64)
+            keys, values = keys.native, values.native
+        assert isinstance(values, Tensor), "keys and values are kept alike"
         assert queries.dtype == keys.dtype == values.dtype, "the kernels read all three as one dtype"
         tokens, heads, key_dim = queries.shape
         kv_heads, value_dim = keys.shape[0], values.shape[2]
@@ -74,6 +83,7 @@ class NativeAttention:
             *(queries.data_ptr(), queries.stride(0), queries.stride(1)),
             *(keys.data_ptr(), keys.stride(0)),
             *(values.data_ptr(), values.stride(0)),
+            None if sealed is None else sealed.ctypes.data,
             *(None if sinks is None else sinks.data_ptr(), scale, softcap or 0.0),
             *(output.data_ptr(), schedule.reserve(self._bytes(*what, threads)), threads),
         )
@@ -99,22 +109,30 @@ class NativeAttention:
         return wanted
 
 
+def _facts(sealed: Sealed) -> tuple[int, ...]:
+    """The fields of `struct Sealed` in `native/src/codes.h`."""
+    codes, scales = sealed.codes, sealed.scales
+    by_block = sealed.block_tokens if scales.dim() == 3 else 0
+    return codes.data_ptr(), codes.stride(0), scales.data_ptr(), scales.stride(0), by_block
+
+
 @cache
 def kernels(library: Library) -> NativeAttention:
     """The kernels of a library, bound once."""
     return NativeAttention(library)
 
 
-def kernels_for(store: Tensor) -> NativeAttention | None:
+def kernels_for(store: AnyStore) -> NativeAttention | None:
     """The kernels of this process, if there are any and they can work on a store's tensors."""
-    library = native() if type(store) is Tensor and store.device.type == "cpu" else None
-    return kernels(library) if isinstance(library, Library) and store.dtype in library.dtypes else None
+    tensor = (store.open if isinstance(store, Int8Store) else store).keys[0]
+    library = native() if type(tensor) is Tensor and tensor.device.type == "cpu" else None
+    return kernels(library) if isinstance(library, Library) and tensor.dtype in library.dtypes else None
 
 
 def attend(
     queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Tensor | MixedKept,
+    values: Tensor | MixedKept,
     plan: GroupPlan,
     *,
     scale: float,

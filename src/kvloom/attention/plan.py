@@ -17,9 +17,11 @@ from torch import Tensor
 
 from kvloom.attention.observation import Observation
 from kvloom.attention.schedule import Schedule
+from kvloom.attention.sealed_spans import SealedSpans
 from kvloom.attention.source import Source
-from kvloom.attention.spans import Span, as_tensor, build_spans
-from kvloom.cache import CachedSequence, Extension, KVCache, Reach
+from kvloom.attention.spans import Span, SpanBuilder, as_tensor
+from kvloom.cache import CachedSequence, Extension, KVCache, Landing, Reach, Written
+from kvloom.cache.landing import land
 
 
 @dataclass(frozen=True)
@@ -27,30 +29,36 @@ class GroupPlan:
     """What the layers of one group write and read.
 
     Attributes:
-        write_slots: int64[tokens], where the ragged row's keys and values go.
+        writes: where the ragged row's keys and values go: int64[tokens] slots, or a `Landing` where blocks are sealed.
         sources: what each sequence reads.
         reach: how far back each new token sees.
         observation: what retention policies want to know of this step; None if nothing.
         schedules: made by the native kernels, see there.
     """
 
-    write_slots: Tensor
+    writes: Tensor | Landing
     sources: tuple[Source, ...]
     reach: Reach
     block_tokens: int
     observation: Observation | None = None
     schedules: dict[tuple[int, str], Schedule] = field(default_factory=dict, repr=False, compare=False)
 
+    @property
+    def write_slots(self) -> Tensor:
+        """int64[tokens], where the ragged row's keys and values go in a store that keeps them in its own dtype."""
+        assert isinstance(self.writes, Tensor), "where blocks are sealed, tokens land in more than one place"
+        return self.writes
+
     @cached_property
     def spans(self) -> tuple[Span, ...]:
         """They cover every (query, visible key) pair exactly once."""
-        device = self.write_slots.device
-        return build_spans(self.sources, self.reach, block_tokens=self.block_tokens, device=device)
+        builder = SealedSpans if isinstance(self.writes, Landing) else SpanBuilder
+        return builder(self.reach, self.block_tokens, self.writes.device).build(self.sources)
 
     @property
     def whole(self) -> bool:
         """Whether the only span covers all rows in order, so that nothing needs merging."""
-        return len(self.spans) == 1 and self.spans[0].rows == slice(0, len(self.write_slots))
+        return len(self.spans) == 1 and self.spans[0].rows == slice(0, sum(own.count for own in self.sources))
 
     @cached_property
     def reads_all(self) -> bool:
@@ -99,13 +107,16 @@ def build_plan(
     groups = []
     for index, group in enumerate(cache.groups):
         reach = group.group.reach
+        written = cache.written(extension, index) if cache.layout.seals else None
         sources = tuple(
-            _source(sequence, index, reach, row, count)
-            for sequence, row, count in zip(extension.sequences, first_rows.tolist(), extension.counts, strict=True)
+            _source(sequence, index, reach, row, count, None if written is None else written[i])
+            for i, (sequence, row, count) in enumerate(
+                zip(extension.sequences, first_rows.tolist(), extension.counts, strict=True)
+            )
         )
         groups.append(
             GroupPlan(
-                write_slots=as_tensor(extension.slots(index), device),
+                writes=as_tensor(extension.slots(index), device) if written is None else land(written, device),
                 sources=sources,
                 reach=reach,
                 block_tokens=cache.layout.block_tokens,
@@ -115,14 +126,16 @@ def build_plan(
     return Plan(as_tensor(positions, device), as_tensor(np.concatenate(wanted), device), tuple(groups))
 
 
-def _source(sequence: CachedSequence, group: int, reach: Reach, first_row: int, count: int) -> Source:
+def _source(
+    sequence: CachedSequence, group: int, reach: Reach, first_row: int, count: int, written: Written | None
+) -> Source:
     """Retention applies to full attention; a reach of its own is kept as it is."""
     runs, first_position = sequence.tables[group].runs, sequence.tokens - count
     retained = sequence.retained
     if retained is None or not reach.unlimited:
-        return Source(runs, first_row, first_position, count)
+        return Source(runs, first_row, first_position, count, written=written)
     read_tokens = retained.policy.read_tokens(first_position, retained.prompt)
-    return Source(runs, first_row, first_position, count, retained.sight, read_tokens)
+    return Source(runs, first_row, first_position, count, retained.sight, read_tokens, written)
 
 
 def _observation(sequences: Sequence[CachedSequence], sources: Sequence[Source], reach: Reach) -> Observation | None:

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from kvloom.attention.plan import GroupPlan
-from kvloom.attention.source import Source
+from kvloom.attention.source import Source, native_orders
 from kvloom.attention.turn import Turn
-from kvloom.blocks.table import COUNT, FIRST, expand_runs
+from kvloom.blocks.table import BLOCK, COUNT, FIRST, expand_runs
+from kvloom.cache import MixedKept
 
 
 def attend(
     queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Tensor | MixedKept,
+    values: Tensor | MixedKept,
     plan: GroupPlan,
     *,
     scale: float,
@@ -30,7 +31,8 @@ def attend(
 
     Args:
         queries: [tokens, heads, key_dim], the ragged row.
-        keys, values: [kv_heads, slots, dim], one layer of the store, the new tokens already written.
+        keys, values: [kv_heads, slots, dim], one layer of the store, the new tokens already written; or, where blocks
+            are sealed, what `Int8Store.write` returned: then a token reads the blocks before its own as codes.
         plan: the step's plan for this layer's group.
         scale: factor on the scores.
         softcap: if set, scores become softcap * tanh(score / softcap) (Gemma 2).
@@ -41,25 +43,27 @@ def attend(
         [tokens, heads, value_dim], in the dtype of `queries`.
     """
     output = torch.empty(*queries.shape[:2], values.shape[-1], dtype=torch.float32, device=queries.device)
-    for source in plan.sources:
+    for number, source in enumerate(plan.sources):
         for index in range(source.count):
             row = source.first_row + index
-            slots, shifts = _visible(plan, source, source.first_position + index)
+            own_keys, own_values = (_numbers(kept, plan, number, index) for kept in (keys, values))
+            seen, shifts = _visible(plan, source, source.first_position + index)
             for head in range(queries.shape[1]):
                 group = queries.shape[1] // keys.shape[0]
                 kv_head = head // group
                 if source.chooses:
                     group_queries = queries[row, kv_head * group : (kv_head + 1) * group]
-                    slots = _chosen(group_queries, keys[kv_head], plan, source, index)
-                    shifts = np.zeros(len(slots), dtype=np.int64)
-                weights = _weights(queries[row, head], keys[kv_head, slots], shifts, scale, softcap, turn, sinks, head)
-                output[row, head] = weights @ values[kv_head, slots].float()
+                    seen = _chosen(group_queries, own_keys[kv_head], plan, source, index)
+                    shifts = np.zeros(len(seen), dtype=np.int64)
+                keys_seen = own_keys[kv_head, seen]
+                weights = _weights(queries[row, head], keys_seen, shifts, scale, softcap, turn, sinks, head)
+                output[row, head] = weights @ own_values[kv_head, seen].float()
     return output.to(queries.dtype)
 
 
 def attention_mass(
     queries: Tensor,
-    keys: Tensor,
+    keys: Tensor | MixedKept,
     plan: GroupPlan,
     *,
     scale: float,
@@ -72,50 +76,67 @@ def attention_mass(
     """
     assert plan.observation is not None, "only observed queries have a mass"
     masses = []
-    for source, observed in zip(plan.sources, plan.observation.counts, strict=True):
-        held = torch.from_numpy(expand_runs(source.runs, plan.block_tokens))
-        mass = torch.zeros(len(held))
+    for number, (source, observed) in enumerate(zip(plan.sources, plan.observation.counts, strict=True)):
+        mass = torch.zeros(int(source.runs[:, COUNT].sum()))
         for index in range(source.count - observed, source.count):
-            slots, shifts = _visible(plan, source, source.first_position + index)
+            numbers = _numbers(keys, plan, number, index)
+            seen, shifts = _visible(plan, source, source.first_position + index)
             for head in range(queries.shape[1]):
-                own = keys[head * keys.shape[0] // queries.shape[1], slots]
+                own = numbers[head * keys.shape[0] // queries.shape[1], seen]
                 query = queries[source.first_row + index, head]
-                mass[torch.isin(held, slots)] += _weights(query, own, shifts, scale, softcap, None, sinks, head)
+                mass[seen] += _weights(query, own, shifts, scale, softcap, None, sinks, head)
         masses.append(mass)
     return masses
 
 
-def _visible(plan: GroupPlan, source: Source, position: int) -> tuple[Tensor, np.ndarray]:
-    """int64[seen], the slots that the query at a position sees, and by how much it is turned back for each."""
+def _numbers(kept: Tensor | MixedKept, plan: GroupPlan, number: int, index: int) -> Tensor:
+    """[kv_heads, held, dim]: what the `index`-th new token of the `number`-th source reads of each token held.
+
+    Where blocks are sealed: native numbers of the block that it lies in, codes of those before it.
+    """
+    source = plan.sources[number]
     slots = torch.from_numpy(expand_runs(source.runs, plan.block_tokens))
+    if isinstance(kept, Tensor):
+        return kept[:, slots.to(kept.device)]
+    numbers = kept.sealed.read(slots.to(kept.native.device), kept.native.dtype)
+    blocks = np.repeat(source.runs[:, BLOCK], source.runs[:, COUNT])
+    own = np.flatnonzero(blocks == blocks[len(blocks) - source.count + index])
+    order = native_orders(plan.sources)[number]
+    numbers[:, own] = kept.native[:, order[own - (len(blocks) - len(order))]]
+    return numbers
+
+
+def _visible(plan: GroupPlan, source: Source, position: int) -> tuple[Tensor, np.ndarray]:
+    """int64[seen], which of the tokens held the query at a position sees, and how far it is turned back for each."""
     positions = _positions(source)
     if plan.reach.cross:
-        return slots, np.zeros(len(slots), dtype=np.int64)
+        return torch.arange(len(positions)), np.zeros(len(positions), dtype=np.int64)
     low = int(plan.reach.first_visible(np.array([position]))[0])
     seen = (positions >= low) & (positions <= position)
     if source.sight is None:
-        return slots[torch.from_numpy(seen)], np.zeros(int(seen.sum()), dtype=np.int64)
+        return torch.from_numpy(np.flatnonzero(seen)), np.zeros(int(seen.sum()), dtype=np.int64)
     seen &= source.sight.sees(positions, np.array([position]))[0]
-    return slots[torch.from_numpy(seen)], source.sight.shifts(positions[seen], position)
+    return torch.from_numpy(np.flatnonzero(seen)), source.sight.shifts(positions[seen], position)
 
 
 def _chosen(queries: Tensor, keys: Tensor, plan: GroupPlan, source: Source, index: int) -> Tensor:
-    """int64[read], the slots that a KV head reads for a query that chooses: see `retention.TopBlocks`.
+    """int64[read], which of the tokens held a KV head reads for a query that chooses: see `retention.TopBlocks`.
 
     Args:
-        queries: [group, dim], of the query heads that share the KV head, whose keys are [slots, dim].
+        queries: [group, dim], of the query heads that share the KV head, whose keys are [held, dim].
     """
     assert source.read_tokens is not None, "only a limited source chooses"
-    full, others = [], []
-    for block, offset, count, first in source.runs.tolist():
-        count = min(count, source.first_position + index + 1 - first)
-        if count == plan.block_tokens and first + count <= source.first_position:
-            full.append(block * plan.block_tokens + torch.arange(count))
-        elif count > 0:
-            others.append(block * plan.block_tokens + offset + torch.arange(count))
+    full, others, before = [], [], 0
+    for _, _, count, first in source.runs.tolist():
+        seen = min(count, source.first_position + index + 1 - first)
+        if seen == plan.block_tokens and first + seen <= source.first_position:
+            full.append(before + torch.arange(seen))
+        elif seen > 0:
+            others.append(before + torch.arange(seen))
+        before += count
 
-    def most(slots: Tensor) -> float:
-        own = keys[slots].float()
+    def most(tokens: Tensor) -> float:
+        own = keys[tokens].float()
         products = torch.stack([queries.float() * own.amin(dim=0), queries.float() * own.amax(dim=0)])
         return float(products.amax(dim=0).sum(dim=-1).max())
 

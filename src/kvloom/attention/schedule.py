@@ -48,7 +48,7 @@ class Scheduler:
         self._make = library.function(
             "kvloom_attention_schedule",
             *(ctypes.c_void_p, ctypes.c_void_p),
-            *(ctypes.c_int64,) * 5,
+            *(ctypes.c_int64,) * 6,
             *(ctypes.c_void_p, ctypes.c_int64),
             restype=ctypes.c_int64,
         )
@@ -60,8 +60,13 @@ class Scheduler:
             set_tokens: how many new tokens at most go through a block together.
         """
         runs = np.concatenate([source.runs for source in sources])
-        facts = np.array([(len(s.runs), s.first_row, s.first_position, s.count) for s in sources], dtype=np.int64)
-        limits = (reach.window_tokens or 0, reach.chunk_tokens or 0, block_tokens, set_tokens)
+        sealed = any(source.written is not None for source in sources)
+        own = _own_blocks(sources) if sealed else [(0, 0, 0)] * len(sources)
+        facts = np.array(
+            [(len(s.runs), s.first_row, s.first_position, s.count, *o) for s, o in zip(sources, own, strict=True)],
+            dtype=np.int64,
+        )
+        limits = (reach.window_tokens or 0, reach.chunk_tokens or 0, block_tokens, set_tokens, int(sealed))
         numbers = np.empty(INITIAL_NUMBERS, dtype=np.int32)
         while True:
             room = len(numbers)
@@ -69,3 +74,14 @@ class Scheduler:
             if need <= room:
                 return Schedule(numbers, torch.empty(0, dtype=torch.uint8))
             numbers = np.empty(need, dtype=np.int32)
+
+
+def _own_blocks(sources: Sequence[Source]) -> list[tuple[int, int, int]]:
+    """Of each source: the first position in the blocks that the step writes, and where in native order it and the first
+    new token stand."""
+    earlier = [0 if source.written is None else source.written.earlier for source in sources]
+    before = np.cumsum([0, *earlier])
+    return [
+        (source.first_position - own, int(start), int(before[-1]) + source.first_row)
+        for source, own, start in zip(sources, earlier, before[:-1], strict=True)
+    ]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from kvloom.blocks.table import COUNT, FIRST, OFFSET
+from kvloom.cache import Written
+from kvloom.cache.landing import native_order
 from kvloom.cache.retention import Sight
 
 Runs = npt.NDArray[np.int32]
@@ -25,6 +28,7 @@ class Source:
         count: its new tokens.
         sight: what a retention policy lets them see of the runs; None if all of it.
         read_tokens: the most tokens that each of them may read, in whole blocks of its choice; None for no limit.
+        written: the blocks that they lie in, where full blocks are sealed: of these a row reads its own natively.
     """
 
     runs: Runs
@@ -33,6 +37,7 @@ class Source:
     count: int
     sight: Sight | None = None
     read_tokens: int | None = None
+    written: Written | None = None
 
     @property
     def chooses(self) -> bool:
@@ -70,3 +75,19 @@ def before_position(runs: Runs, position: int) -> Runs:
         kept = kept.copy()
         kept[-1, COUNT] = position - kept[-1, FIRST]
     return kept
+
+
+def written_of(source: Source) -> Written:
+    """The blocks that the step writes for a source."""
+    assert source.written is not None, "where blocks are sealed, a source says which blocks its tokens lie in"
+    return source.written
+
+
+def native_orders(sources: Sequence[Source]) -> list[Rows]:
+    """For each source, int64[tokens]: where the tokens of the blocks that the step writes stand in native order."""
+    earlier = np.array([written_of(source).earlier for source in sources], dtype=np.int64)
+    before = np.cumsum(earlier) - earlier
+    return [
+        native_order(written_of(source), int(start), int(earlier.sum()) + source.first_row)
+        for source, start in zip(sources, before, strict=True)
+    ]

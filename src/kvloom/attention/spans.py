@@ -56,6 +56,7 @@ class Span:
         mask: None if every query sees every key; "causal" if query i sees the keys up to i; else an additive
             float32[batch, queries, keys] of zeros and minus infinities. No query is masked entirely.
         shift: int64[batch * queries], by how many tokens each query is turned back before it reads; None for none.
+        native: where blocks are sealed, whether `slots` are those of `Landing`'s native order, not of the pool.
     """
 
     rows: slice | Tensor
@@ -63,17 +64,11 @@ class Span:
     slots: slice | Tensor | Choice
     mask: Tensor | Literal["causal"] | None = None
     shift: Tensor | None = None
-
-
-def build_spans(
-    sources: Sequence[Source], reach: Reach, *, block_tokens: int, device: torch.device
-) -> tuple[Span, ...]:
-    """Spans that cover every pair of a new token and a token that it sees exactly once."""
-    return _SpanBuilder(reach, block_tokens, device).build(sources)
+    native: bool = False
 
 
 @dataclass(frozen=True)
-class _Reader:
+class Reader:
     """Rows of one sequence and the runs that all of them read.
 
     Attributes:
@@ -92,7 +87,7 @@ class _Reader:
     stretch: int = 0
 
 
-class _SpanBuilder:
+class SpanBuilder:
     """Turns the sources of one layer group into spans."""
 
     def __init__(self, reach: Reach, block_tokens: int, device: torch.device) -> None:
@@ -104,7 +99,7 @@ class _SpanBuilder:
         if self._reach.cross:
             return self._cross_spans(sources)
         spans: list[Span] = []
-        readers: list[_Reader] = []
+        readers: list[Reader] = []
         for source in sources:
             if source.hides:
                 assert source.sight is not None, "only a sight hides"
@@ -119,7 +114,7 @@ class _SpanBuilder:
                 spans.append(self._span(reader.rows[None], self._read(runs), self._window_mask(source, runs)))
             else:
                 readers.append(reader)
-        private: list[_Reader] = []
+        private: list[Reader] = []
         self._share(readers, spans, private)
         chunks = [reader for reader in private if reader.own is not None]
         spans += self._chunk_spans(chunks)
@@ -130,25 +125,25 @@ class _SpanBuilder:
     def _cross_spans(self, sources: Sequence[Source]) -> tuple[Span, ...]:
         """What decodes from one source reads it once; sources with a single row each are gathered together."""
         spans: list[Span] = []
-        single: list[_Reader] = []
+        single: list[Reader] = []
         for members in _alike_first_run([source.runs for source in sources]):
             rows = np.concatenate([np.arange(own.count) + own.first_row for own in (sources[i] for i in members)])
             runs = sources[members[0]].runs
             if len(rows) == 1:
-                single.append(_Reader(rows, runs, None))
+                single.append(Reader(rows, runs, None))
             else:
                 spans.append(self._span(rows[None], self._read(runs)))
         return (*spans, *self._decode_spans(single))
 
-    def _see(self, source: Source, parts: Sequence[Part], readers: list[_Reader], spans: list[Span]) -> None:
+    def _see(self, source: Source, parts: Sequence[Part], readers: list[Reader], spans: list[Span]) -> None:
         """Readers of single tokens, whose stretches others may share; a masked span for each stretch of a chunk."""
         rows = np.arange(source.first_row, source.first_row + source.count)
         for part in parts:
             if source.count == 1:
                 shift = 0 if part.shift is None else int(part.shift[0])
-                readers.append(_Reader(rows, part.runs, None, shift, part.stretch))
+                readers.append(Reader(rows, part.runs, None, shift, part.stretch))
                 continue
-            mask = None if part.seen is None else _additive(part.seen[None], self._device)
+            mask = None if part.seen is None else additive(part.seen[None], self._device)
             own = rows[None, part.queries :]
             spans.append(self._span(own, self._read(part.runs), mask, part.shift))
 
@@ -165,13 +160,13 @@ class _SpanBuilder:
         blocks = runs[full, BLOCK].astype(np.int64)
         return self._span(row, Choice(as_tensor(blocks, self._device), take, as_tensor(always, self._device)))
 
-    def _reader(self, source: Source) -> _Reader:
+    def _reader(self, source: Source) -> Reader:
         rows = np.arange(source.first_row, source.first_row + source.count)
         runs = from_position(source.runs, int(self._reach.first_visible(np.array([source.first_position]))[0]))
         if source.count == 1:
-            return _Reader(rows, runs, None)  # it sees all of it, itself included
+            return Reader(rows, runs, None)  # it sees all of it, itself included
         past = before_position(runs, source.first_position)
-        return _Reader(rows, past, from_position(runs, source.first_position))
+        return Reader(rows, past, from_position(runs, source.first_position))
 
     def _hides(self, source: Source, past: Runs) -> bool:
         """Whether the reach hides anything from any of the new tokens that its first one sees."""
@@ -184,20 +179,20 @@ class _SpanBuilder:
     def _window_mask(self, source: Source, runs: Runs) -> Tensor:
         """float32[1, queries, keys]: zero where the query sees the key, minus infinity elsewhere."""
         queries = source.first_position + np.arange(source.count)
-        keys = _positions(runs)
+        keys = positions_of(runs)
         seen = (keys <= queries[:, None]) & (keys >= self._reach.first_visible(queries)[:, None])
-        return _additive(seen[None], self._device)
+        return additive(seen[None], self._device)
 
     # What several sequences have in common is read once for all of them.
 
-    def _share(self, readers: list[_Reader], spans: list[Span], private: list[_Reader]) -> None:
+    def _share(self, readers: list[Reader], spans: list[Span], private: list[Reader]) -> None:
         """Split off what `readers` have in common, then go on with each set of them that continues alike."""
         private += [reader for reader in readers if not len(reader.past)]
         readers = [reader for reader in readers if len(reader.past)]
         for members in _alike_first_run([reader.past[:, :FIRST] for reader in readers]):
             group = [readers[member] for member in members]
             common = _common_runs([reader.past[:, :FIRST] for reader in group])
-            if len(group) == 1 or int(group[0].past[:common, COUNT].sum()) < MIN_SHARED_TOKENS:
+            if len(group) == 1 or tokens_of(group[0].past[:common]) < MIN_SHARED_TOKENS:
                 private += group
                 continue
             rows = np.concatenate([reader.rows for reader in group])
@@ -208,11 +203,11 @@ class _SpanBuilder:
 
     # Several new tokens of one sequence: what was there before, and the new tokens among themselves.
 
-    def _chunk_spans(self, chunks: list[_Reader]) -> list[Span]:
+    def _chunk_spans(self, chunks: list[Reader]) -> list[Span]:
         spans: list[Span] = []
-        short: dict[int, list[_Reader]] = {}
+        short: dict[int, list[Reader]] = {}
         for chunk in chunks:
-            if len(chunk.rows) <= MAX_GATHERED_ROWS and int(chunk.past[:, COUNT].sum()) < MIN_VIEW_TOKENS:
+            if len(chunk.rows) <= MAX_GATHERED_ROWS and tokens_of(chunk.past) < MIN_VIEW_TOKENS:
                 short.setdefault(len(chunk.rows), []).append(chunk)
             else:
                 spans += self._apart(chunk)
@@ -220,13 +215,13 @@ class _SpanBuilder:
             spans += self._apart(alike[0]) if len(alike) == 1 else [self._gathered_span(alike)]
         return spans
 
-    def _apart(self, chunk: _Reader) -> list[Span]:
+    def _apart(self, chunk: Reader) -> list[Span]:
         """A chunk's past, without a mask, and the chunk itself."""
         assert chunk.own is not None, "a chunk has several new tokens"
         own = self._span(chunk.rows[None], self._read(chunk.own), "causal")
         return [self._span(chunk.rows[None], self._read(chunk.past)), own] if len(chunk.past) else [own]
 
-    def _gathered_span(self, chunks: list[_Reader]) -> Span:
+    def _gathered_span(self, chunks: list[Reader]) -> Span:
         """One span over short chunks of as many tokens each: what is left of their pasts, and themselves."""
         slots = [self._slots(chunk) for chunk in chunks]
         lengths = np.array([len(own) for own in slots])
@@ -236,15 +231,15 @@ class _SpanBuilder:
         mask = np.arange(lengths.max()) < seen[:, :, None]
         padded = np.stack([np.pad(own, (0, lengths.max() - len(own)), mode="edge") for own in slots])
         rows = np.stack([chunk.rows for chunk in chunks])
-        return self._span(rows, as_tensor(padded, self._device), _additive(mask, self._device))
+        return self._span(rows, as_tensor(padded, self._device), additive(mask, self._device))
 
-    def _slots(self, chunk: _Reader) -> Rows:
+    def _slots(self, chunk: Reader) -> Rows:
         assert chunk.own is not None, "a chunk has several new tokens"
         return expand_runs(np.concatenate([chunk.past, chunk.own]), self._block_tokens)
 
     # One new token a sequence: long contiguous stretches become views; the remains of all are gathered together.
 
-    def _decode_spans(self, readers: list[_Reader]) -> list[Span]:
+    def _decode_spans(self, readers: list[Reader]) -> list[Span]:
         spans: list[Span] = []
         remains: list[_Remains] = []
         for reader in readers:
@@ -270,7 +265,7 @@ class _SpanBuilder:
         rows = np.array([[own.row] for own in remains])
         shift = np.array([own.shift for own in remains])
         seen = np.arange(longest)[None] < lengths[:, None]
-        mask = None if seen.all() else _additive(seen[:, None], self._device)
+        mask = None if seen.all() else additive(seen[:, None], self._device)
         return self._span(rows, as_tensor(slots, self._device), mask, shift)
 
     def _read(self, runs: Runs) -> slice | Tensor:
@@ -304,9 +299,14 @@ class _Remains:
     shift: int
 
 
-def _positions(runs: Runs) -> Rows:
+def positions_of(runs: Runs) -> Rows:
     """int64[tokens], the logical position of every token of `runs`."""
     return np.concatenate([np.arange(first, first + count) for _, _, count, first in runs.tolist()])
+
+
+def tokens_of(runs: Runs) -> int:
+    """How many tokens `runs` hold."""
+    return int(runs[:, COUNT].sum())
 
 
 def _extents(runs: Runs, block_tokens: int) -> list[tuple[int, int]]:
@@ -344,7 +344,7 @@ def _by_length(remains: list[_Remains]) -> list[list[_Remains]]:
     return list(buckets.values())
 
 
-def _additive(seen: npt.NDArray[np.bool_], device: torch.device) -> Tensor:
+def additive(seen: npt.NDArray[np.bool_], device: torch.device) -> Tensor:
     return as_tensor(np.where(seen, np.float32(0), np.float32(-np.inf)), device)
 
 

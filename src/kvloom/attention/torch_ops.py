@@ -12,12 +12,13 @@ from torch import Tensor
 from kvloom.attention.plan import GroupPlan
 from kvloom.attention.spans import Choice, Span
 from kvloom.attention.turn import Turn
+from kvloom.cache import MixedKept
 
 
 def attend(
     queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Tensor | MixedKept,
+    values: Tensor | MixedKept,
     plan: GroupPlan,
     *,
     scale: float,
@@ -39,18 +40,19 @@ def attend(
 
 def _merge(
     queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Tensor | MixedKept,
+    values: Tensor | MixedKept,
     plan: GroupPlan,
     scale: float,
     softcap: float | None,
     turn: Turn | None,
     bounds: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output float32[tokens, heads, value_dim] and log-sum-exp float32[tokens, heads] over all spans."""
+    """Output [tokens, heads, value_dim] and log-sum-exp [tokens, heads], in the accumulator's dtype."""
     tokens, heads = queries.shape[:2]
-    output = torch.zeros(tokens, heads, values.shape[-1], dtype=torch.float32, device=queries.device)
-    log_sums = torch.full((tokens, heads), -torch.inf, dtype=torch.float32, device=queries.device)
+    dtype = _accumulator(queries.dtype)
+    output = torch.zeros(tokens, heads, values.shape[-1], dtype=dtype, device=queries.device)
+    log_sums = torch.full((tokens, heads), -torch.inf, dtype=dtype, device=queries.device)
     for span in plan.spans:
         part, part_log_sums = _partial(queries, keys, values, span, scale, softcap, turn, bounds)
         before = log_sums[span.rows]
@@ -63,8 +65,8 @@ def _merge(
 
 def _partial(
     queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Tensor | MixedKept,
+    values: Tensor | MixedKept,
     span: Span,
     scale: float,
     softcap: float | None,
@@ -81,21 +83,25 @@ def _partial(
     if turn is not None and span.shift is not None:
         own = turn.back(own, span.shift)
     own = own.view(span.batch, -1, kv_heads, heads // kv_heads, dim).permute(0, 2, 3, 1, 4)
-    kernel = _flash if _flash_serves(queries, keys, values, softcap) else _plain
+    kernel = _flash if _flash_serves(queries, keys.shape[-1], values.shape[-1], softcap) else _plain
     slots = span.slots
     if isinstance(slots, Choice):
         assert bounds is not None, "a choice is made by the bounds of blocks"
         slots = _chosen(own[0, :, :, 0], slots, bounds, keys.shape[1] // bounds.shape[2])
-    output, log_sums = kernel(own, _read(keys, slots), _read(values, slots), span.mask, scale, softcap)
+    read_keys, read_values = (_read(kept, slots, span.native) for kept in (keys, values))
+    output, log_sums = kernel(own, read_keys, read_values, span.mask, scale, softcap)
     output = output.permute(0, 3, 1, 2, 4).reshape(-1, heads, output.shape[-1])
     return output, log_sums.permute(0, 3, 1, 2).reshape(-1, heads)
 
 
-def _read(store: Tensor, slots: slice | Tensor) -> Tensor:
+def _read(kept: Tensor | MixedKept, slots: slice | Tensor, native: bool = False) -> Tensor:
     """[batch, kv_heads, keys, dim]: a view of consecutive slots, or a gather of int64[batch, keys].
 
-    Slots int64[kv_heads, keys, 1] are those of each head.
+    Slots int64[kv_heads, keys, 1] are those of each head. Codes become numbers here.
     """
+    if isinstance(kept, MixedKept) and not native:
+        return _decoded(kept, slots)
+    store = kept.native if isinstance(kept, MixedKept) else kept
     if isinstance(slots, slice):
         return store[None, :, slots]
     if slots.dim() == 3:
@@ -103,6 +109,17 @@ def _read(store: Tensor, slots: slice | Tensor) -> Tensor:
     batch, keys = slots.shape
     gathered = store.index_select(1, slots.flatten())
     return gathered.view(store.shape[0], batch, keys, -1).transpose(0, 1)
+
+
+def _decoded(kept: MixedKept, slots: slice | Tensor) -> Tensor:
+    """The same of sealed blocks."""
+    dtype = kept.native.dtype
+    if isinstance(slots, slice):
+        return kept.sealed.read(slots, dtype)[None]
+    if slots.dim() == 3:
+        return kept.sealed.read_by_head(slots, dtype)[None]
+    read = kept.sealed.read(slots.flatten(), dtype)
+    return read.view(read.shape[0], *slots.shape, -1).transpose(0, 1)
 
 
 def _chosen(query: Tensor, choice: Choice, bounds: Tensor, block_tokens: int) -> Tensor:
@@ -127,10 +144,11 @@ def _plain(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """The formula in float32. Queries [batch, kv_heads, group, rows, dim], keys [batch, kv_heads, keys, dim]."""
+    """The formula. Queries [batch, kv_heads, group, rows, dim], keys [batch, kv_heads, keys, dim]."""
     batch, kv_heads, group, rows, dim = queries.shape
-    folded = queries.reshape(batch, kv_heads, group * rows, dim).float() * scale
-    scores = (folded @ keys.float().transpose(-1, -2)).view(batch, kv_heads, group, rows, -1)
+    dtype = _accumulator(queries.dtype)
+    folded = queries.reshape(batch, kv_heads, group * rows, dim).to(dtype) * scale
+    scores = (folded @ keys.to(dtype).transpose(-1, -2)).view(batch, kv_heads, group, rows, -1)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if isinstance(mask, str):
@@ -140,11 +158,16 @@ def _plain(
         scores = scores + mask[:, None, None]
     log_sums = torch.logsumexp(scores, dim=-1)
     weights = (scores - log_sums[..., None]).exp()
-    output = weights.view(batch, kv_heads, group * rows, -1) @ values.float()
+    output = weights.view(batch, kv_heads, group * rows, -1) @ values.to(dtype)
     return output.view(batch, kv_heads, group, rows, -1), log_sums
 
 
-def _flash_serves(queries: Tensor, keys: Tensor, values: Tensor, softcap: float | None) -> bool:
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What sums are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _flash_serves(queries: Tensor, key_dim: int, value_dim: int, softcap: float | None) -> bool:
     """Whether PyTorch's fused CPU attention can do the work.
 
     It has no soft-cap, wants equal head sizes, and misreads a float32 mask where queries are float64.
@@ -153,7 +176,7 @@ def _flash_serves(queries: Tensor, keys: Tensor, values: Tensor, softcap: float 
         queries.device.type == "cpu"
         and queries.dtype != torch.float64
         and softcap is None
-        and keys.shape[-1] == values.shape[-1]
+        and key_dim == value_dim
         and _FLASH is not None
     )
 

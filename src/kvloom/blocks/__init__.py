@@ -4,6 +4,7 @@
 already hold the beginning of another one.
 """
 
+from kvloom.blocks.open import OpenBlocks
 from kvloom.blocks.pool import BlockPool, PoolExhausted
 from kvloom.blocks.prefix import PrefixIndex, PrefixMatch, chain_digests
 from kvloom.blocks.table import Append, BlockCopy, Table
@@ -12,6 +13,7 @@ __all__ = [
     "Append",
     "BlockCopy",
     "BlockPool",
+    "OpenBlocks",
     "PoolExhausted",
     "PrefixIndex",
     "PrefixMatch",

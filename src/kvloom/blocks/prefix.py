@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvloom.blocks.pool import BlockIds, BlockPool
+from kvloom.blocks.open import BlockIds
+from kvloom.blocks.pool import BlockPool
 
 Digest = bytes
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvloom.blocks.pool import BlockIds, BlockPool
+from kvloom.blocks.open import BlockIds
+from kvloom.blocks.pool import BlockPool
 
 Slots = npt.NDArray[np.int64]
 
@@ -81,6 +82,18 @@ class Table:
         """int32[runs], the block of each run."""
         return self.runs[:, BLOCK]
 
+    @property
+    def full_blocks(self) -> int:
+        """Blocks that no append writes, as many as tokens without gaps would fill; the last one is not counted.
+
+        A sealed block that was cut holds fewer tokens than it could: what it leaves empty is taken off.
+        """
+        if not self._count:
+            return 0
+        empty = self._block_tokens - self.runs[:, OFFSET] - self.runs[:, COUNT]
+        lost = int(empty[:-1].sum()) + (0 if self._pool.is_open(self._last_block()) else int(empty[-1]))
+        return max(self._count - 1 - blocks_of(lost, self._block_tokens), 0)
+
     def slots(self) -> Slots:
         """int64[held], the slot of each token held, in token order."""
         return expand_runs(self.runs, self._block_tokens)
@@ -105,7 +118,9 @@ class Table:
         assert count > 0, "an append holds at least one token"
         room = self._room()
         copy_on_write = bool(room) and self._pool.is_shared(self._last_block())
-        allocated = self._pool.allocate(self.blocks_for(count))
+        ends_inside = count > room and bool((count - room) % self._block_tokens)
+        opened = [*([0] if copy_on_write else []), *([-1] if ends_inside else [])]
+        allocated = self._pool.allocate(self.blocks_for(count), opened=opened)
         runs_before, position_before = self._count, self._position
         last_run_before = self.runs[-1].copy() if runs_before else None
         copies: tuple[BlockCopy, ...] = ()
@@ -128,6 +143,13 @@ class Table:
                 self._pool.acquire(append.last_run_before[BLOCK : BLOCK + 1])
         self._pool.release(append.allocated)
 
+    def seal(self, append: Append) -> None:
+        """Seal the block that `append` went on with, if that is full now: from now on nobody writes it."""
+        if self._pool.open_blocks is not None and append.runs_before:
+            block, offset, count, _ = self._storage[append.runs_before - 1].tolist()
+            if offset + count == self._block_tokens:
+                self._pool.open_blocks.seal(np.array([block], dtype=np.int32))
+
     def share(self, blocks: BlockIds, *, first: int = 0, unused: int = 0) -> None:
         """Start an empty table with full blocks that others hold, for the positions from `first` on.
 
@@ -146,28 +168,23 @@ class Table:
         if unused:
             self.runs[-1, COUNT] -= unused
 
-    def place(self, positions: Slots, *, end: int) -> Slots:
-        """Start an empty table with room for the tokens at `positions`, in new blocks.
-
-        A token's offset in its block is what it would be had every token been appended from position 0 on, so full
-        blocks can be found by their prefix.
+    def place(self, runs: Slots, *, end: int, last_is_open: bool = True) -> Slots:
+        """Start an empty table with room for runs that lie as they are told to, each in a new block.
 
         Args:
-            positions: int64[tokens], ascending, with gaps where tokens are not held.
+            runs: int64[runs, 3], offset, count and first position of each, in token order; see `runs_of`.
             end: the position of the next token to be appended.
+            last_is_open: whether the last one's block is to be written on.
 
         Returns:
             int64[tokens], the slots. Raises `PoolExhausted`, with nothing changed, if there are too few free blocks.
         """
-        assert not self._count and (not len(positions) or positions[-1] < end), "only an empty table can be placed"
-        firsts, counts = pieces(positions, self._block_tokens)
-        blocks = self._pool.allocate(len(firsts))
+        assert not self._count and (not len(runs) or runs[-1, 1:].sum() <= end), "only an empty table can be placed"
+        blocks = self._pool.allocate(len(runs), opened=[-1] if last_is_open and len(runs) else [])
         self._reserve(len(blocks))
         self._count, self._position = len(blocks), end
         self.runs[:, BLOCK] = blocks
-        self.runs[:, OFFSET] = firsts % self._block_tokens
-        self.runs[:, COUNT] = counts
-        self.runs[:, FIRST] = firsts
+        self.runs[:, OFFSET:] = runs
         return self.slots()
 
     def fork(self) -> Table:
@@ -177,6 +194,16 @@ class Table:
         child._storage = np.concatenate([self.runs, np.empty((4, 4), dtype=np.int32)])
         child._count, child._position = self._count, self._position
         return child
+
+    def unsealed_length(self, position: int) -> int:
+        """The greatest position up to `position` at which no sealed block is cut."""
+        if self._pool.open_blocks is None or position == self._position:
+            return position
+        held = int(np.searchsorted(self.runs[:, FIRST], position, side="left"))
+        if not held or self._pool.is_open(int(self._storage[held - 1, BLOCK])):
+            return position
+        first, count = self._storage[held - 1, FIRST], self._storage[held - 1, COUNT]
+        return position if position >= first + count else int(first)
 
     def truncate(self, position: int) -> None:
         """Forget the tokens at `position` and beyond."""
@@ -190,9 +217,15 @@ class Table:
         self._position = position
 
     def drop_before(self, position: int) -> int:
-        """Free the runs that lie wholly before `position`; returns how many blocks the table let go."""
+        """Free the runs that lie wholly before `position`; returns how many blocks the table let go.
+
+        Where full blocks are sealed, a block that is still being filled stays: what it is sealed from must not depend
+        on how many tokens were appended at a time.
+        """
         ends = self.runs[:, FIRST] + self.runs[:, COUNT]
         gone = int(np.searchsorted(ends, position, side="right"))
+        if self._pool.open_blocks is not None and gone == self._count and self._room():
+            gone -= 1
         if gone:
             self._pool.release(self.blocks[:gone].copy())
             self._storage = self._storage[gone:].copy()
@@ -224,8 +257,8 @@ class Table:
         """Slots left in the last block, if the next token continues its run."""
         if not self._count:
             return 0
-        _, offset, count, first = self._storage[self._count - 1].tolist()
-        if first + count != self._position:
+        block, offset, count, first = self._storage[self._count - 1].tolist()
+        if first + count != self._position or not self._pool.is_open(block):
             return 0
         return self._block_tokens - int(offset) - int(count)
 
@@ -272,13 +305,18 @@ def blocks_of(tokens: int, block_tokens: int) -> int:
     return -(-tokens // block_tokens)
 
 
-def pieces(positions: Slots, block_tokens: int) -> tuple[Slots, Slots]:
-    """int64[runs] twice: first position and length of the runs that hold ascending `positions`, a block each."""
+def runs_of(positions: Slots, block_tokens: int) -> Slots:
+    """int64[runs, 3]: offset, count and first position of the runs that hold ascending `positions`, a block each.
+
+    A token's offset in its block is what it would be had every token been appended from position 0 on, so full blocks
+    can be found by their prefix.
+    """
     if not len(positions):
-        return positions, positions
+        return np.empty((0, 3), dtype=np.int64)
     breaks = np.flatnonzero((np.diff(positions) != 1) | (positions[1:] % block_tokens == 0)) + 1
     starts = np.concatenate([[0], breaks])
-    return positions[starts], np.diff(np.concatenate([starts, [len(positions)]]))
+    firsts, counts = positions[starts], np.diff(np.concatenate([starts, [len(positions)]]))
+    return np.stack([firsts % block_tokens, counts, firsts], axis=1)
 
 
 def expand_runs(runs: npt.NDArray[np.int32], block_tokens: int) -> Slots:

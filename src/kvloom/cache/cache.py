@@ -13,11 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvloom.blocks import Append, BlockPool, PoolExhausted, PrefixIndex, PrefixMatch, Table, chain_digests
-from kvloom.blocks.table import Slots, pieces
+from kvloom.blocks import Append, BlockCopy, BlockPool, PoolExhausted, PrefixIndex, PrefixMatch, Table, chain_digests
+from kvloom.blocks.table import Slots
+from kvloom.cache.landing import Written
 from kvloom.cache.layout import CacheLayout, LayerGroup
+from kvloom.cache.placement import Placement, Stored
 from kvloom.cache.retention import Retained
-from kvloom.cache.store import Store
+from kvloom.cache.store import make_store
 from kvloom.errors import CacheFull
 
 
@@ -88,6 +90,10 @@ class KVCache:
         layout: what each layer keeps.
         budget_bytes: the most that all tensors together may take; rounded down to whole blocks.
         device: where the tensors live.
+
+    Attributes:
+        blocks: of each group's pool.
+        open_blocks: how many of them can be open at once; None if they stay open for as long as they are held.
     """
 
     def __init__(self, layout: CacheLayout, *, budget_bytes: int, device: torch.device) -> None:
@@ -95,22 +101,36 @@ class KVCache:
         if blocks < 1:
             raise CacheFull(
                 f"budget_bytes={budget_bytes:,} is below one block: a block of {layout.block_tokens} tokens "
-                f"takes {layout.bytes_per_row_of_blocks:,} bytes. Raise budget_bytes."
+                f"takes {layout.total_bytes(1):,} bytes. Raise budget_bytes."
             )
         self.layout = layout
         self.blocks = blocks
         try:
-            self.store = Store(layout, blocks, device)
+            self.store = make_store(layout, blocks, device)
         except (RuntimeError, MemoryError) as error:
             raise CacheFull(
                 f"a cache of budget_bytes={budget_bytes:,} cannot be allocated on {device}. Lower budget_bytes."
             ) from error
+        self.open_blocks = layout.open_blocks(blocks) if layout.seals else None
         self.groups = tuple(
-            GroupCache(group, pool := BlockPool(blocks), PrefixIndex(pool, layout.block_tokens))
+            GroupCache(
+                group,
+                pool := BlockPool(blocks, open_places=self.open_blocks),
+                PrefixIndex(pool, layout.block_tokens),
+            )
             for group in layout.groups
         )
         # Cross-attention comes last, so that these are a sequence's first tables.
         self.own_groups = tuple(group for group in self.groups if not group.group.reach.cross)
+
+    @property
+    def capacity(self) -> tuple[int, ...]:
+        """What can be reserved: blocks of each layer group, and open blocks where they have an arena of their own."""
+        return self.blocks_and_open((self.blocks,) * len(self.groups), self.open_blocks or 0)
+
+    def blocks_and_open(self, blocks: tuple[int, ...], open_blocks: int) -> tuple[int, ...]:
+        """A number of blocks for each layer group, and of open blocks where they have an arena of their own."""
+        return blocks if self.open_blocks is None else (*blocks, open_blocks)
 
     @property
     def available_blocks(self) -> int:
@@ -150,7 +170,7 @@ class KVCache:
             _undo(done)
             raise
         for group, made_in_group in zip(self.own_groups, appends, strict=True):
-            self.store.copy(group.group, [copy for append in made_in_group for copy in append.copies])
+            self.store.copy(group.group, [_placed(copy, group.pool) for own in made_in_group for copy in own.copies])
         sequences, counts = zip(*requests, strict=True) if requests else ((), ())
         appends += [()] * (len(self.groups) - len(self.own_groups))
         return Extension(tuple(sequences), tuple(counts), tuple(appends))
@@ -166,9 +186,20 @@ class KVCache:
         )
 
     def commit(self, extension: Extension) -> None:
-        """Accept an extension: blocks that no later query can see are freed."""
+        """Accept an extension: full blocks are sealed, those that no later query can see are freed."""
+        for index, appends in enumerate(extension.appends):
+            for sequence, append in zip(extension.sequences, appends, strict=True):
+                sequence.tables[index].seal(append)
         for sequence in extension.sequences:
             self.release_unseen(sequence)
+
+    def written(self, extension: Extension, group: int) -> tuple[Written, ...]:
+        """The blocks of each sequence that an extension writes, in a cache that seals them."""
+        pool = self.groups[group].pool
+        return tuple(
+            Written.of(sequence.tables[group].runs, count, pool, self.layout.block_tokens)
+            for sequence, count in zip(extension.sequences, extension.counts, strict=True)
+        )
 
     def release_unseen(self, sequence: CachedSequence) -> None:
         """Free what fell out of every window of `sequence`."""
@@ -185,28 +216,33 @@ class KVCache:
                 if count == size and first % size == 0 and first // size < len(digests):
                     group.index.insert(digests[first // size], block, depth=first // size)
 
-    def place(self, positions: Sequence[Slots], *, tokens: int) -> tuple[CachedSequence, tuple[Slots, ...]]:
-        """A sequence of `tokens` tokens, of which each group holds those at its `positions`, in blocks of its own.
+    def place(self, placements: Sequence[Placement], *, tokens: int) -> CachedSequence:
+        """A sequence of `tokens` tokens in blocks of its own, of which each group holds those of its placement.
 
-        Args:
-            positions: of cross-attention those of the source's tokens.
-            tokens: of the sequence.
-
-        Returns:
-            the sequence, and for each group the int64 slots, which are still to be written.
-
-        Raises `PoolExhausted`, with nothing changed, if the blocks do not suffice; idle ones are reclaimed.
+        Its slots (`held`) are still to be written. Raises `PoolExhausted`, with nothing changed, if the blocks do not
+        suffice; idle ones are reclaimed.
         """
         sequence = CachedSequence([Table(group.pool, self.layout.block_tokens) for group in self.groups])
         try:
-            slots = []
-            for table, group, own in zip(sequence.tables, self.groups, positions, strict=True):
-                group.ensure_free(len(pieces(own, self.layout.block_tokens)[0]))
-                slots.append(table.place(own, end=len(own) if group.group.reach.cross else tokens))
+            for table, group, own in zip(sequence.tables, self.groups, placements, strict=True):
+                group.ensure_free(len(own.runs))
+                end = int(own.runs[:, 1].sum()) if group.group.reach.cross else tokens
+                table.place(own.runs, end=end, last_is_open=own.last_is_open)
         except BaseException:
             self.close(sequence)
             raise
-        return sequence, tuple(slots)
+        return sequence
+
+    def placements(self, sequence: CachedSequence) -> tuple[Placement, ...]:
+        """For each layer group, how the tokens of a sequence lie in blocks."""
+        return tuple(Placement.of(table, own.pool) for table, own in zip(sequence.tables, self.groups, strict=True))
+
+    def held(self, sequence: CachedSequence) -> tuple[Stored, ...]:
+        """For each layer group, where the tokens of a sequence lie in the store."""
+        return tuple(
+            Stored.of(table, group.pool, self.layout.block_tokens)
+            for table, group in zip(sequence.tables, self.groups, strict=True)
+        )
 
     def fork(self, sequence: CachedSequence) -> CachedSequence:
         """A sequence with the same past; every block is shared until one of the two writes."""
@@ -223,8 +259,20 @@ class KVCache:
                 return False
         return True
 
+    def unsealed_length(self, sequence: CachedSequence, tokens: int) -> int:
+        """The greatest length up to `tokens` to which a sequence can be cut without cutting into a sealed block.
+
+        What is computed from there on is what it was before: the block is filled anew from its first token.
+        """
+        while (length := min(table.unsealed_length(tokens) for table in sequence.tables)) < tokens:
+            tokens = length
+        return tokens
+
     def truncate(self, sequence: CachedSequence, tokens: int) -> None:
-        """Forget the tokens at position `tokens` and beyond; see `can_truncate`."""
+        """Forget the tokens at position `tokens` and beyond; see `can_truncate`.
+
+        A sealed block that is cut keeps its codes; what is appended then begins a block of its own.
+        """
         assert self.can_truncate(sequence, tokens), "a window has already let go of what this length needs"
         for table, _ in self._own_tables(sequence):
             table.truncate(tokens)
@@ -244,12 +292,26 @@ class KVCache:
             for index in range(len(self.groups))
         )
 
-    def bytes_of(self, blocks_by_group: Sequence[int]) -> int:
-        """Bytes of that many blocks in each group."""
-        return sum(
-            blocks * self.layout.bytes_per_block(group.group)
-            for blocks, group in zip(blocks_by_group, self.groups, strict=True)
+    def open_blocks_held(self, sequences: Sequence[CachedSequence]) -> tuple[int, ...]:
+        """Of these, for each layer group, how many have a place in the arena of open blocks."""
+        return tuple(
+            0
+            if (places := group.pool.open_blocks) is None
+            else len({int(block) for own in sequences for block in places.open_among(own.tables[index].blocks[-1:])})
+            for index, group in enumerate(self.groups)
         )
+
+    def bytes_of(self, blocks_by_group: Sequence[int], open_blocks_by_group: Sequence[int] = ()) -> int:
+        """Bytes of that many blocks in each group, and of so many open ones among them."""
+        open_blocks = open_blocks_by_group or (0,) * len(self.groups)
+        return sum(
+            blocks * self.layout.bytes_per_block(group.group) + opened * self.layout.bytes_per_open_block(group.group)
+            for blocks, opened, group in zip(blocks_by_group, open_blocks, self.groups, strict=True)
+        )
+
+    def bytes_held(self, sequences: Sequence[CachedSequence]) -> int:
+        """Bytes of all that `sequences` hold together."""
+        return self.bytes_of(self.blocks_held(sequences), self.open_blocks_held(sequences))
 
     def _own_tables(self, sequence: CachedSequence) -> Iterator[tuple[Table, GroupCache]]:
         """The tables that hold the sequence's own tokens, with their groups: all but cross-attention's."""
@@ -274,6 +336,14 @@ class KVCache:
             first = group.group.reach.first_visible(lengths * self.layout.block_tokens) // self.layout.block_tokens
             usable &= misses_before[lengths] == misses_before[np.minimum(first, lengths)]
         return int(np.flatnonzero(usable)[-1])
+
+
+def _placed(copy: BlockCopy, pool: BlockPool) -> BlockCopy:
+    """A copy between the places of two open blocks, where these have an arena of their own."""
+    if pool.open_blocks is None:
+        return copy
+    source, target = pool.open_blocks.place(copy.source), pool.open_blocks.place(copy.target)
+    return BlockCopy(source, target, copy.offset, copy.count)
 
 
 def _undo(done: Sequence[tuple[Table, Append]]) -> None:

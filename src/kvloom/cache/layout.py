@@ -10,6 +10,12 @@ import numpy.typing as npt
 import torch
 
 from kvloom.blocks.table import blocks_of
+from kvloom.cache.codec import Codec, sealed_bytes
+
+# Where full blocks are sealed, one block in so many can be open at once, and these in any case: every live sequence
+# and context ends in one.
+BLOCKS_PER_OPEN_BLOCK = 32
+LEAST_OPEN_BLOCKS = 32
 
 Positions = npt.NDArray[np.int64]
 
@@ -95,12 +101,14 @@ class CacheLayout:
         dtype: the dtype in which K and V are kept.
         block_tokens: tokens a block, 16 unless told otherwise.
         block_bounds: whether the least and largest key of each block are kept beside it (see `retention.TopBlocks`).
+        codec: how full blocks are kept.
     """
 
     layers: tuple[LayerShape, ...]
     dtype: torch.dtype
     block_tokens: int = 16
     block_bounds: bool = False
+    codec: Codec = "native"
 
     @cached_property
     def groups(self) -> tuple[LayerGroup, ...]:
@@ -119,30 +127,79 @@ class CacheLayout:
         owner = {layer: index for index, group in enumerate(self.groups) for layer in group.layers}
         return tuple(owner[layer] for layer in range(len(self.layers)))
 
+    @property
+    def seals(self) -> bool:
+        """Whether full blocks are kept in another way than open ones, which then have an arena of their own."""
+        return self.codec != "native"
+
     def bytes_per_block(self, group: LayerGroup) -> int:
-        """Bytes of one block of `group`, over all its layers."""
-        elements = self.block_tokens * sum(self.layers[layer].elements_per_token() for layer in group.layers)
-        if self.bounds(group):
-            elements += sum(2 * self.layers[layer].kv_heads * self.layers[layer].key_dim for layer in group.layers)
-        return elements * self.dtype.itemsize
+        """Bytes of one block of `group` in the pool, over all its layers."""
+        if not self.seals:
+            return self._bytes_of_bounds(group) + self.native_bytes_per_block(group)
+        shapes = [self.layers[layer] for layer in group.layers]
+        return self._bytes_of_bounds(group) + sum(
+            own.kv_heads * sealed_bytes(key_dim=own.key_dim, value_dim=own.value_dim, block_tokens=self.block_tokens)
+            for own in shapes
+        )
+
+    def bytes_per_open_block(self, group: LayerGroup) -> int:
+        """What a block of `group` takes besides while it is open; 0 where open blocks have no arena of their own."""
+        return self.native_bytes_per_block(group) if self.seals else 0
+
+    def native_bytes_per_block(self, group: LayerGroup) -> int:
+        """Bytes of one block of `group` in the cache's dtype, over all its layers."""
+        elements = sum(self.layers[layer].elements_per_token() for layer in group.layers)
+        return elements * self.block_tokens * self.dtype.itemsize
 
     def bounds(self, group: LayerGroup) -> bool:
         """Whether the blocks of `group` keep the bounds of their keys."""
         return self.block_bounds and group.reach.unlimited
 
+    def _bytes_of_bounds(self, group: LayerGroup) -> int:
+        if not self.bounds(group):
+            return 0
+        channels = sum(self.layers[layer].kv_heads * self.layers[layer].key_dim for layer in group.layers)
+        return 2 * channels * self.dtype.itemsize
+
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that one token takes while every layer still sees it."""
-        return sum(layer.elements_per_token() for layer in self.layers) * self.dtype.itemsize
+        """Bytes that one token takes while every layer still sees it; in a full block, rounded up."""
+        return -(-self.bytes_per_row_of_blocks // self.block_tokens)
 
     @property
     def bytes_per_row_of_blocks(self) -> int:
         """Bytes of one block in every group."""
         return sum(self.bytes_per_block(group) for group in self.groups)
 
+    @property
+    def bytes_per_row_of_open_blocks(self) -> int:
+        """The same of the arena of open blocks."""
+        return sum(self.bytes_per_open_block(group) for group in self.groups)
+
+    def open_blocks(self, blocks: int) -> int:
+        """How many of a pool's `blocks` can be open at once."""
+        return min(blocks, max(LEAST_OPEN_BLOCKS, blocks // BLOCKS_PER_OPEN_BLOCK))
+
+    def total_bytes(self, blocks: int) -> int:
+        """Bytes of a cache that has so many blocks in every group, the arena of open blocks included."""
+        return blocks * self.bytes_per_row_of_blocks + self.open_blocks(blocks) * self.bytes_per_row_of_open_blocks
+
     def blocks_in(self, budget_bytes: int) -> int:
         """Blocks that each group's pool gets from a budget: as many as fit if all groups get the same number."""
-        return budget_bytes // self.bytes_per_row_of_blocks if self.layers else 0
+        if not self.layers:
+            return 0
+        fewest, too_many = 0, budget_bytes // self.bytes_per_row_of_blocks + 1
+        while too_many - fewest > 1:
+            middle = (fewest + too_many) // 2
+            fewest, too_many = (middle, too_many) if self.total_bytes(middle) <= budget_bytes else (fewest, middle)
+        return fewest
+
+    def budget_for(self, blocks: int, *, open_blocks: int = 0) -> int:
+        """The smallest budget that gives each group so many blocks, of which so many can be open at once."""
+        if self.seals and open_blocks > self.open_blocks(blocks):
+            few = open_blocks <= LEAST_OPEN_BLOCKS
+            blocks = max(blocks, open_blocks if few else BLOCKS_PER_OPEN_BLOCK * open_blocks)
+        return self.total_bytes(blocks)
 
     def blocks_of(self, tokens: int) -> int:
         """Blocks that `tokens` consecutive tokens need in a group that keeps them all."""

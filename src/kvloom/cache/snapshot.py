@@ -15,6 +15,19 @@ tensor                holds
 The metadata holds ``format``, ``version``, ``model``, ``fingerprint``, ``dtype``, ``codec``, ``regime`` (JSON) and
 ``tokens`` (how many have been computed). Blocks are not in the file: a snapshot fits any block size and budget.
 
+Under the int8 codec a block has scales of its own, so blocks are in the file, which fits caches of the same block size
+(``block_tokens`` in the metadata). ``keys`` and ``values`` are then those of the open block, and there are
+
+======================  =====================================================================================
+tensor                  holds
+======================  =====================================================================================
+``runs.{group}``         int64[runs, 3]: offset in its block and tokens of each run, and 1 if the block is open
+``key_scales.{layer}``   [kv_heads, sealed runs, key_dim]
+``value_scales.{layer}``  [kv_heads, sealed tokens]
+``key_codes.{layer}``    int8[kv_heads, sealed tokens, key_dim]
+``value_codes.{layer}``  int8[kv_heads, sealed tokens, value_dim]
+======================  =====================================================================================
+
 A file is written aside and renamed, so there is the old file or the new one, whole, whatever happens.
 """
 
@@ -38,6 +51,8 @@ from torch import Tensor
 from kvloom.blocks.table import Slots
 from kvloom.cache.cache import CachedSequence, KVCache
 from kvloom.cache.layout import CacheLayout
+from kvloom.cache.placement import Placement
+from kvloom.cache.store import Part
 from kvloom.errors import CorruptSnapshot, InvalidRequest, SnapshotMismatch, SnapshotNotFound
 
 FORMAT = "kvloom-snapshot"
@@ -50,6 +65,7 @@ _SAFETENSORS_DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.int64: "I64",
+    torch.int8: "I8",
     torch.uint8: "U8",
 }
 
@@ -66,12 +82,25 @@ class Origin:
         fingerprint: digest of the model's config and weights.
         dtype: of keys and values.
         codec: how they are kept.
+        block_tokens: of the blocks, if the codec seals them; else None, as any will do.
     """
 
     model: str
     fingerprint: str
     dtype: str
     codec: str = "native"
+    block_tokens: int | None = None
+
+    @classmethod
+    def of(cls, model: str, fingerprint: str, layout: CacheLayout) -> Origin:
+        """The origin of what a cache of that layout holds of a model."""
+        return cls(
+            model=model,
+            fingerprint=fingerprint,
+            dtype=str(layout.dtype).removeprefix("torch."),
+            codec=layout.codec,
+            block_tokens=layout.block_tokens if layout.seals else None,
+        )
 
 
 def write_snapshot(
@@ -99,12 +128,14 @@ def write_snapshot(
         "codec": origin.codec,
         "regime": json.dumps(regime),
         "tokens": str(sequence.tokens),
+        **({} if origin.block_tokens is None else {"block_tokens": str(origin.block_tokens)}),
     }
-    specs = _specs(cache.layout, len(token_ids), [table.held for table in sequence.tables])
+    contents = _contents(cache, sequence, token_ids)
     digest = _Digest(metadata)
     with _written_aside(target) as file:
-        file.write(_header(metadata, specs))
-        for (name, _, _), tensor in zip(specs, _tensors(cache, sequence, token_ids), strict=False):
+        file.write(_header(metadata, contents))
+        for name, content in contents:
+            tensor = content.read() if isinstance(content, Part) else content
             digest.add(name, tensor)
             file.write(_bytes_of(tensor))
         file.write(digest.bytes())
@@ -150,7 +181,11 @@ class SnapshotReader:
             )
         self._digest = _Digest(self._metadata)
         try:
-            self.origin = Origin(**{name: self._metadata[name] for name in ("model", "fingerprint", "dtype", "codec")})
+            size = self._metadata.get("block_tokens")
+            self.origin = Origin(
+                **{name: self._metadata[name] for name in ("model", "fingerprint", "dtype", "codec")},
+                block_tokens=None if size is None else int(size),
+            )
             self.regime = _regime(json.loads(self._metadata["regime"]))
             self.tokens = int(self._metadata["tokens"])
         except (KeyError, ValueError, TypeError) as error:
@@ -162,11 +197,12 @@ class SnapshotReader:
         for what, theirs, ours in (
             ("dtype", self.origin.dtype, own.dtype),
             ("codec", self.origin.codec, own.codec),
+            ("block_tokens", self.origin.block_tokens, own.block_tokens),
         ):
             if theirs != ours:
                 raise SnapshotMismatch(
                     f"`{self._source}` holds keys and values of {what} {theirs}; this model keeps {ours}. "
-                    f"Load the model with {what}='{theirs}', or prefill the context anew."
+                    f"Load the model with {what}={theirs!r}, or prefill the context anew."
                 )
         if self.origin.fingerprint != own.fingerprint:
             raise SnapshotMismatch(
@@ -175,8 +211,8 @@ class SnapshotReader:
                 "or adapters differ. Use the model that made it, or prefill the context anew."
             )
 
-    def positions(self, layout: CacheLayout) -> tuple[Slots, ...]:
-        """For each layer group, int64[held], which tokens it holds."""
+    def placements(self, layout: CacheLayout) -> tuple[Placement, ...]:
+        """For each layer group, which tokens it holds, and how they lie in the blocks of a cache of that layout."""
         groups = []
         for index in range(len(layout.groups)):
             own = self._read(f"positions.{index}", (None,), torch.int64).numpy()
@@ -185,24 +221,37 @@ class SnapshotReader:
             groups.append(own)
         if not 0 < self.tokens <= len(self.token_ids):
             raise self._corrupt(f"it says that {self.tokens} of {len(self.token_ids)} tokens are computed")
-        return tuple(groups)
+        if not layout.seals:
+            return tuple(Placement.of_positions(own, layout.block_tokens) for own in groups)
+        return tuple(self._sealed_placement(index, own, layout) for index, own in enumerate(groups))
 
-    def load(self, cache: KVCache, slots: Sequence[Slots]) -> None:
-        """Read keys and values into the store, at each group's `slots`, and check the digest of it all.
+    def _sealed_placement(self, group: int, positions: Slots, layout: CacheLayout) -> Placement:
+        """The runs of a group as they were, since each sealed block has scales of its own."""
+        saved = self._read(f"runs.{group}", (None, 3), torch.int64).numpy()
+        offsets, counts, opened = saved.T
+        starts = np.cumsum(counts) - counts
+        if (counts < 1).any() or int(counts.sum()) != len(positions) or opened[:-1].any():
+            raise self._corrupt(f"the runs of group {group} are not those of its positions")
+        placement = Placement(np.stack([offsets, counts, positions[starts]], axis=1), bool(opened[-1:].any()))
+        if not placement.holds(positions, layout.block_tokens):
+            raise self._corrupt(f"the runs of group {group} do not fit blocks of {layout.block_tokens} tokens")
+        return placement
 
-        Call it after `positions`. Raises `CorruptSnapshot` if anything is not as it was written; the slots then
-        hold nothing of use.
+    def load(self, cache: KVCache, sequence: CachedSequence) -> None:
+        """Read keys and values into what was placed for them, and check the digest of it all.
+
+        Call it after `placements`. Raises `CorruptSnapshot` if anything is not as it was written; the sequence then
+        holds nothing of use.
         """
-        layout = cache.layout
-        expected = {name for name, _, _ in _specs(layout, 0, [0] * len(layout.groups))}
-        if expected != set(self._file.keys()):
+        contents = _contents(cache, sequence, self.token_ids)
+        if {name for name, _ in contents} | {"digest"} != set(self._file.keys()):
             raise self._corrupt("it holds other tensors than the model's layers")
-        for layer, shape in enumerate(layout.layers):
-            own = slots[layout.group_of_layer[layer]]
-            keys = self._read(f"keys.{layer}", (shape.kv_heads, len(own), shape.key_dim), layout.dtype)
-            values = self._read(f"values.{layer}", (shape.kv_heads, len(own), shape.value_dim), layout.dtype)
-            device = cache.store.keys[layer].device
-            cache.store.write(layer, torch.from_numpy(own).to(device), keys.to(device), values.to(device))
+        for name, part in contents:
+            if isinstance(part, Part):
+                part.write(self._read(name, part.shape, part.dtype))
+        stored = cache.held(sequence)
+        for layer, group in enumerate(cache.layout.group_of_layer):
+            cache.store.restored(layer, stored[group])
         if bytes(self._file.get_tensor("digest").numpy()) != self._digest.bytes():
             raise self._corrupt("its content does not match its digest")
 
@@ -239,34 +288,40 @@ def _regime(value: object) -> Regime:
 # ---- what is in the file -----------------------------------------------------------------------------------------
 
 
-def _specs(layout: CacheLayout, tokens: int, held: Sequence[int]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-    """Name, dtype and shape of each tensor, in the order of the file: wide dtypes first, so that all are aligned."""
-    specs: list[tuple[str, torch.dtype, tuple[int, ...]]] = [("token_ids", torch.int64, (tokens,))]
-    specs += [(f"positions.{index}", torch.int64, (count,)) for index, count in enumerate(held)]
-    for layer, shape in enumerate(layout.layers):
-        count = held[layout.group_of_layer[layer]]
-        specs.append((f"keys.{layer}", layout.dtype, (shape.kv_heads, count, shape.key_dim)))
-        specs.append((f"values.{layer}", layout.dtype, (shape.kv_heads, count, shape.value_dim)))
-    return [*specs, ("digest", torch.uint8, (DIGEST_BYTES,))]
+def _contents(cache: KVCache, sequence: CachedSequence, token_ids: Sequence[int]) -> list[tuple[str, Tensor | Part]]:
+    """What is in the file by name, in its order, without the digest: wide dtypes first, so that all are aligned.
+
+    Parts of the store are gathered when they are read, one at a time.
+    """
+    contents: list[tuple[str, Tensor | Part]] = [("token_ids", torch.tensor(list(token_ids), dtype=torch.int64))]
+    contents += [
+        (f"positions.{index}", torch.from_numpy(table.positions())) for index, table in enumerate(sequence.tables)
+    ]
+    if cache.layout.seals:
+        contents += [(f"runs.{index}", _runs_of(own)) for index, own in enumerate(cache.placements(sequence))]
+    held = cache.held(sequence)
+    parts = [
+        (f"{name}.{layer}", part)
+        for layer, group in enumerate(cache.layout.group_of_layer)
+        for name, part in cache.store.parts(layer, held[group]).items()
+    ]
+    return contents + sorted(parts, key=lambda own: -own[1].dtype.itemsize)
 
 
-def _tensors(cache: KVCache, sequence: CachedSequence, token_ids: Sequence[int]) -> Iterator[Tensor]:
-    """The tensors of `_specs`, without the digest."""
-    yield torch.tensor(list(token_ids), dtype=torch.int64)
-    for table in sequence.tables:
-        yield torch.from_numpy(table.positions())
-    store = cache.store
-    slots = [torch.from_numpy(table.slots()) for table in sequence.tables]
-    for layer, group in enumerate(cache.layout.group_of_layer):
-        for tensor in (store.keys[layer], store.values[layer]):
-            yield tensor.index_select(1, slots[group].to(tensor.device)).cpu()
+def _runs_of(placement: Placement) -> Tensor:
+    """int64[runs, 3]: offset and count of each run, and whether its block is open."""
+    runs = placement.runs.copy()
+    runs[:, 2] = 0
+    runs[-1:, 2] = placement.last_is_open
+    return torch.from_numpy(runs)
 
 
-def _header(metadata: dict[str, str], specs: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
+def _header(metadata: dict[str, str], contents: Sequence[tuple[str, Tensor | Part]]) -> bytes:
     """The length and the JSON header of a safetensors file, padded so that the data is aligned."""
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
-    for name, dtype, shape in specs:
+    specs = [(name, own.dtype, list(own.shape)) for name, own in contents]
+    for name, dtype, shape in [*specs, ("digest", torch.uint8, [DIGEST_BYTES])]:
         start, end = end, end + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         header[name] = {"dtype": _SAFETENSORS_DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()

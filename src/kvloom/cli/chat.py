@@ -23,7 +23,7 @@ from kvloom.errors import InvalidRequest, KVLoomError
 if TYPE_CHECKING:
     from kvloom.conversation import Conversation
 
-MODEL_SETTINGS = ("model", "dtype", "device", "threads", "budget_bytes", "block_tokens")
+MODEL_SETTINGS = ("model", "dtype", "device", "threads", "budget_bytes", "block_tokens", "codec")
 MAIN = "main"
 HELP = """\
 /undo          take back the last turn

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from kvloom.results import Generation
 
 DEFAULT_NEW_TOKENS = 128
-MODEL_SETTINGS = ("model", "dtype", "device", "threads", "budget_bytes", "block_tokens")
+MODEL_SETTINGS = ("model", "dtype", "device", "threads", "budget_bytes", "block_tokens", "codec")
 
 COUNT = click.IntRange(min=1)
 

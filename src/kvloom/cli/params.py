@@ -79,6 +79,18 @@ class Alternatives(IntType):
         return int(value)
 
 
+def codec_option(section: str) -> Callable[[Function], Function]:
+    """How keys and values are kept."""
+    return option(
+        "--codec",
+        metavar="NAME",
+        default="native",
+        show_default=True,
+        section=section,
+        help="How keys and values are kept: native, or int8, which halves the bytes of full blocks and loses a little.",
+    )
+
+
 def model_options(function: Function) -> Function:
     """What model to load, and how."""
     options = [
@@ -114,6 +126,7 @@ def model_options(function: Function) -> Function:
             section="Model",
             help="Tokens a block.",
         ),
+        codec_option("Model"),
     ]
     for decorate in reversed(options):
         function = decorate(function)

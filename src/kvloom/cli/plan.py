@@ -11,7 +11,7 @@ from kvloom import __version__
 from kvloom.cli import show
 from kvloom.cli.figure import refuse_unless_plottable
 from kvloom.cli.group import Command
-from kvloom.cli.params import ByteSize, model_name, option, silence_libraries
+from kvloom.cli.params import ByteSize, codec_option, model_name, option, silence_libraries
 from kvloom.cli.retention import read_retention, retention_options
 from kvloom.cli.terminal import plain_table, stdout_console, waiting
 from kvloom.units import readable_bytes
@@ -84,7 +84,7 @@ LENGTH = click.IntRange(min=0)
 @option(
     "--block-tokens", metavar="N", type=COUNT, default=16, show_default=True, section="Cache", help="Tokens a block."
 )
-@option("--codec", hidden=True, help="How keys and values are kept; in this version only `native`.")
+@codec_option("Cache")
 @retention_options
 def plan(model: str | None, as_json: bool, plot: Path | None, quiet: bool, **options: Any) -> None:
     """Say how much memory a request takes, before loading anything.
@@ -165,7 +165,7 @@ def _cache_table(plan: MemoryPlan) -> Table:
         sizes = [readable_bytes(shared), *([readable_bytes(apart)] if fans_out else [])]
         table.add_row(what, *cells, *sizes, style=style)
 
-    several = len(plan.groups) > 1
+    several = len(plan.groups) > 1 or plan.layout.seals
     for group in plan.groups:
         add(
             group.reach,
@@ -176,6 +176,10 @@ def _cache_table(plan: MemoryPlan) -> Table:
             apart=group.apart_blocks * group.bytes_per_block,
             style=None if several else "bold",
         )
+        if plan.layout.seals:
+            opened = group.open_blocks * group.bytes_per_open_block
+            sizes = readable_bytes(group.bytes_per_open_block), f"{group.open_blocks:,}"
+            add("  while they are open", "", *sizes, shared=opened, apart=opened, style=None)
     if several:
         add("all", "", "", "", shared=plan.cache_bytes, apart=plan.apart_bytes, style="bold")
     return table
@@ -213,8 +217,20 @@ def _budget_lines(plan: MemoryPlan) -> list[Any]:
     longest = "a sequence of any length"
     if plan.longest_sequence is not None:
         longest = f"{plan.longest_sequence:,} tokens"
-    budget = f"{readable_bytes(plan.budget_bytes)}{origin}: {_count(plan.pool_blocks, 'block')}, {longest}"
-    return [Text.assemble(("budget  ", "dim"), budget), Text.assemble(("fits    ", "dim"), _verdict(plan))]
+    opened = f", {plan.pool_open_blocks:,} of them open" if plan.layout.seals else ""
+    budget = f"{readable_bytes(plan.budget_bytes)}{origin}: {_count(plan.pool_blocks, 'block')}{opened}, {longest}"
+    lines = [Text.assemble(("budget  ", "dim"), budget), Text.assemble(("fits    ", "dim"), _verdict(plan))]
+    return [Text.assemble(("codec   ", "dim"), _codec(plan)), *lines] if plan.layout.seals else lines
+
+
+def _codec(plan: MemoryPlan) -> str:
+    """What the codec saves, and where it costs time."""
+    group = plan.groups[0]
+    share = group.bytes_per_block / group.bytes_per_open_block
+    return (
+        f"{plan.codec}: a full block takes {share:.0%} of its bytes in {str(plan.dtype).removeprefix('torch.')}. "
+        "PyTorch operators read it more slowly: codes become numbers first"
+    )
 
 
 def _verdict(plan: MemoryPlan) -> tuple[str, str]:

@@ -63,6 +63,9 @@ def verify(
     Greedy decoding, sampling and beam search are compared with the same without a cache; then
     a cold with a warm prefix, one chunk of prefill with many, a prompt alone with the same in a batch.
 
+    The int8 codec changes numbers, so there the reference is one pass over all tokens on a cache of the same codec, and
+    how far that is from the model's own forward is shown as what the codec costs.
+
     Exit status: 0 if all is equal up to rounding, 1 if a check fails.
 
     \b
@@ -93,6 +96,8 @@ def _print(report: Report, model: str) -> None:
     for check in report.checks:
         if (explanation := check.explain()) is not None:
             console.print(Text(explanation, style=STYLES[check.verdict]))
+    if report.cost is not None:
+        console.print(Text(str(report.cost)))
     if (advice := report.advice()) is not None:
         console.print(Text(advice))
     if report.retention is not None:

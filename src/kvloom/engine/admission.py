@@ -16,7 +16,7 @@ from kvloom.errors import CacheFull
 from kvloom.models import Binding, Source
 
 Blocks = tuple[int, ...]
-"""A number of blocks for each layer group."""
+"""A number of blocks for each layer group, and then of open blocks where they have an arena of their own."""
 
 
 class Admission:
@@ -50,13 +50,15 @@ class Admission:
             source_tokens=0 if source is None else source.tokens,
         )
         if retention is not None:
-            return self._under_retention(need, retention, context, prompt_tokens, new_tokens, rows)
+            need = self._under_retention(need, retention, context, prompt_tokens, new_tokens, rows)
+            return self._cache.blocks_and_open(need, rows)
         constant = shares_prompt(self._binding, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-        if context is None or context.cached is None or not constant:
-            return need
-        # The context's full blocks are held already, and never copied.
-        full = (max(len(table.runs) - 1, 0) for table in context.cached.tables)
-        return tuple(max(own - shared, 1) for own, shared in zip(need, full, strict=True))
+        if context is not None and context.cached is not None and constant:
+            # The context's full blocks are held already, and never copied.
+            full = (table.full_blocks for table in context.cached.tables)
+            need = tuple(max(own - shared, 1) for own, shared in zip(need, full, strict=True))
+        # Every row ends in a block of its own.
+        return self._cache.blocks_and_open(need, rows)
 
     def _under_retention(
         self,
@@ -72,7 +74,7 @@ class Admission:
             return need
         begins = context.cached.retained is None
         reusable = min(prompt_tokens - 1, retention.reusable(prompt_tokens) if begins else prompt_tokens)
-        start = min(reusable, context.cached.tokens)
+        start = self._cache.unsealed_length(context.cached, min(reusable, context.cached.tokens))
         if not self._cache.can_truncate(context.cached, start):
             return need
         blocks = self._cache.layout.blocks_of
@@ -82,7 +84,13 @@ class Admission:
     def fits(self, need: Blocks, reserved: Iterable[Blocks]) -> bool:
         """Whether `need` fits beside what is `reserved` and what users' contexts hold."""
         taken = [sum(group) for group in zip(self._holdings.claimed_blocks(), *reserved, strict=True)]
-        return all(own + others <= self._cache.blocks for own, others in zip(need, taken, strict=True))
+        return all(own + others <= most for own, others, most in zip(need, taken, self._cache.capacity, strict=True))
+
+    def free_open_blocks(self, reserved: Iterable[Blocks]) -> int | None:
+        """How many more blocks can be open beside what is `reserved`; None if their number is not limited."""
+        if self._cache.open_blocks is None:
+            return None
+        return self._cache.open_blocks - sum(own[-1] for own in (self._holdings.claimed_blocks(), *reserved))
 
     def refuse_unless_possible(
         self,
@@ -95,15 +103,18 @@ class Admission:
         """Raise `CacheFull` with need, have and remedy if `need` does not fit."""
         if self.fits(need, reserved := list(reserved)):
             return
-        layout, pool = self._cache.layout, self._cache.blocks
+        layout, capacity = self._cache.layout, self._cache.capacity
         held = self._holdings.claimed_blocks()
         taken = [sum(group) for group in zip(held, *reserved, strict=True)]
-        worst = max(range(len(need)), key=lambda group: need[group] + taken[group])
+        together = [own + others for own, others in zip(need, taken, strict=True)]
+        worst = max(range(len(need)), key=lambda index: together[index] - capacity[index])
+        blocks = "open blocks" if worst == len(self._cache.groups) else f"blocks of {layout.block_tokens} tokens"
         beside = f", {held[worst]} of them held by contexts" if held[worst] else ""
         running = f", {taken[worst] - held[worst]} reserved by running requests" if taken[worst] > held[worst] else ""
-        budget = (need[worst] + taken[worst]) * layout.bytes_per_row_of_blocks
+        groups = len(self._cache.groups)
+        budget = layout.budget_for(max(together[:groups]), open_blocks=max(together[groups:], default=0))
         raise CacheFull(
-            f"{what} needs {need[worst]} blocks of {layout.block_tokens} tokens; the pool has {pool}{beside}{running} "
+            f"{what} needs {need[worst]} {blocks}; the pool has {capacity[worst]}{beside}{running} "
             f"({_mebibytes(self._cache.store.allocated_bytes)}). Raise budget_bytes to at least {budget:,} "
             f"({_mebibytes(budget)}), {remedy}."
         )

@@ -20,8 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kvloom.blocks.table import pieces
-from kvloom.cache import CacheLayout, KVCache
+from kvloom.cache import CacheLayout, Codec, KVCache
 from kvloom.cache.retention import Retention
 from kvloom.cache.snapshot import Origin, open_snapshot
 from kvloom.decoding import HostStep, Step, to_host
@@ -36,7 +35,7 @@ from kvloom.engine.rows import CachedRows, stacked
 from kvloom.engine.scheduler import Scheduled, schedule
 from kvloom.engine.scoring import CachedScorer, Scored, score_uncached
 from kvloom.errors import CacheFull, ContextClosed, InvalidRequest, NumericalError
-from kvloom.models import Binding, Source
+from kvloom.models import Binding, Source, check_codec_of
 
 STEP_TOKENS = 512
 NO_TOKEN = "no token can be chosen: the model returned NaN logits, or the logits processors left no token possible."
@@ -49,6 +48,7 @@ class Engine:
         binding: the model.
         budget_bytes: the most that the cache's tensors may take; by default see `default_budget_bytes`.
         block_tokens: tokens a block.
+        codec: how full blocks are kept.
         step_tokens: the most prompt tokens that one step computes; longer prompts are prefilled in chunks.
         block_bounds: whether blocks keep the bounds of their keys; see `CacheLayout`.
 
@@ -63,6 +63,7 @@ class Engine:
         *,
         budget_bytes: int | None = None,
         block_tokens: int = 16,
+        codec: Codec = "native",
         step_tokens: int = STEP_TOKENS,
         block_bounds: bool = False,
     ) -> None:
@@ -76,9 +77,14 @@ class Engine:
         self._dropped: deque[Holding] = deque()
         self._detached = False
         self.cache: KVCache | None = None
+        check_codec_of(binding, codec)
         if binding.layers:
             layout = CacheLayout(
-                layers=binding.layers, dtype=binding.dtype, block_tokens=block_tokens, block_bounds=block_bounds
+                layers=binding.layers,
+                dtype=binding.dtype,
+                block_tokens=block_tokens,
+                block_bounds=block_bounds,
+                codec=codec,
             )
             if budget_bytes is None:
                 budget_bytes = default_budget_bytes(layout, max_tokens=longest_kept(binding), device=binding.device)
@@ -241,6 +247,7 @@ class Engine:
                 context=context,
                 source=source,
                 step_tokens=self.step_tokens,
+                most_open_blocks=self._admission.free_open_blocks(self._reserved()),
                 retention=retention,
             )
             self._admission.refuse_unless_possible(
@@ -277,15 +284,14 @@ class Engine:
             with open_snapshot(path) as snapshot:
                 snapshot.check_origin(origin)
                 assert self.cache is not None, "a model without a cache has no origin"
-                positions = snapshot.positions(self.cache.layout)
-                need = tuple(len(pieces(own, self.cache.layout.block_tokens)[0]) for own in positions)
+                placements = snapshot.placements(self.cache.layout)
                 self._admission.refuse_unless_possible(
-                    need,
+                    self.cache.blocks_and_open(tuple(len(own.runs) for own in placements), 1),
                     f"a snapshot of {len(snapshot.token_ids):,} tokens",
                     reserved=self._reserved(),
                     remedy="or close contexts that are no longer needed",
                 )
-                return snapshot.token_ids, self._rows.restore(snapshot, positions)
+                return snapshot.token_ids, self._rows.restore(snapshot, placements)
 
     def _origin(self) -> Origin:
         """What the keys and values of this engine depend on."""
@@ -294,8 +300,7 @@ class Engine:
             raise InvalidRequest(
                 "a callable keeps no keys and values that another process would know. Keep the token ids."
             )
-        dtype = str(self.cache.layout.dtype).removeprefix("torch.")
-        return Origin(model=identity.name, fingerprint=identity.fingerprint, dtype=dtype)
+        return Origin.of(identity.name, identity.fingerprint, self.cache.layout)
 
     def fork_holding(self, holding: Holding | None, tokens: int) -> Holding | None:
         """A claimed holding of the first `tokens` tokens of another; None if its tables cannot serve."""

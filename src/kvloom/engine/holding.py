@@ -57,6 +57,8 @@ class Holdings:
             self.release(holding)
 
     def claimed_blocks(self) -> tuple[int, ...]:
-        """For each layer group, the distinct blocks that users' contexts hold."""
+        """For each layer group, the distinct blocks that users' contexts hold; then the open ones, if these count."""
         claimed = [holding.cached for holding in self._all.values() if holding.claimed and holding.cached is not None]
-        return self._cache.blocks_held(claimed)
+        return self._cache.blocks_and_open(
+            self._cache.blocks_held(claimed), max(self._cache.open_blocks_held(claimed), default=0)
+        )

@@ -116,9 +116,9 @@ def default_budget_bytes(
         max_tokens: the longest sequence, or source; see `longest_kept`.
         taken_bytes: what will have been taken from the available memory by then, such as weights not yet loaded.
     """
-    wanted = DEFAULT_SEQUENCES * layout.bytes_per_token * ((max_tokens or DEFAULT_CONTEXT) + 2 * layout.block_tokens)
+    wanted = layout.budget_for(DEFAULT_SEQUENCES * (layout.blocks_of(max_tokens or DEFAULT_CONTEXT) + 2))
     available = int(DEFAULT_SHARE_OF_MEMORY * max(available_memory_bytes(device) - taken_bytes, 0))
-    return max(min(wanted, available), layout.bytes_per_row_of_blocks)
+    return max(min(wanted, available), layout.total_bytes(1))
 
 
 def available_memory_bytes(device: torch.device) -> int:

@@ -80,7 +80,8 @@ def step_bytes(
         source: like those that the prompts are decoded from.
     """
     tokens = prompt_tokens + rows * (new_tokens + layout.block_tokens) + (0 if source is None else source.tokens)
-    rehearsal = _Rehearsal(model, layout, source, tokens=batch * tokens)
+    # A copy is made before what it copies from is let go of.
+    rehearsal = _Rehearsal(model, layout, source, tokens=batch * tokens, sequences=2 * batch * rows)
     prompts = [rehearsal.grown(rehearsal.open(), prompt_tokens - min(prompt_tokens, step_tokens), step_tokens)]
     peak = max(rehearsal.encoding_bytes, rehearsal.run(prompts, min(prompt_tokens, step_tokens)))
     if new_tokens:
@@ -100,11 +101,13 @@ class _Rehearsal:
         encoding_bytes: the peak of encoding a source.
     """
 
-    def __init__(self, model: Weightless, layout: CacheLayout, source: Source | None, *, tokens: int) -> None:
+    def __init__(
+        self, model: Weightless, layout: CacheLayout, source: Source | None, *, tokens: int, sequences: int
+    ) -> None:
         self._model, self._source = model, source
         self.encoding_bytes = 0
         # A few blocks more: forks copy their last block, and every sequence begins a block.
-        budget = layout.bytes_per_row_of_blocks * (2 * layout.blocks_of(tokens) + 2)
+        budget = layout.budget_for(2 * layout.blocks_of(tokens) + 2, open_blocks=sequences)
         with model.fakes:
             self.cache = KVCache(layout, budget_bytes=budget, device=model.binding.device)
         # Copies on write move nothing here, and one by one they take long.

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kvloom.attention import build_plan
 from kvloom.blocks import PoolExhausted
-from kvloom.blocks.table import Slots
 from kvloom.cache import CachedSequence, Extension, KVCache, adopt_source, place_source, remember_source
+from kvloom.cache.placement import Placement
 from kvloom.cache.retention import Retention
 from kvloom.cache.snapshot import Origin, SnapshotReader, as_regime, write_snapshot
 from kvloom.engine.holding import Holding, Holdings
@@ -77,7 +77,9 @@ class CachedRows:
             return None
         begins = retention if context.cached.retained is None else None
         reusable = _reusable(len(token_ids), logits_of, begins)
-        return self._cut(context.cached, min(reusable, context.cached.tokens))
+        # What is computed again is computed from the start of its block, as if nothing had been sealed yet.
+        length = self._cache.unsealed_length(context.cached, min(reusable, context.cached.tokens))
+        return self._cut(context.cached, length)
 
     def ensure_open(self, row: Row) -> None:
         """Give tables to a row that has none."""
@@ -142,12 +144,12 @@ class CachedRows:
         regime = as_regime(holding.regime)
         write_snapshot(path, self._cache, holding.cached, token_ids=token_ids, regime=regime, origin=origin)
 
-    def restore(self, snapshot: SnapshotReader, positions: Sequence[Slots]) -> Holding:
+    def restore(self, snapshot: SnapshotReader, placements: Sequence[Placement]) -> Holding:
         """A claimed holding of what a snapshot holds, in blocks of its own; the full ones can be found by prefix."""
-        cached, slots = self._with_room(lambda: self._cache.place(positions, tokens=snapshot.tokens))
+        cached = self._with_room(lambda: self._cache.place(placements, tokens=snapshot.tokens))
         row = Row(snapshot.token_ids, cached, snapshot.regime)
         try:
-            snapshot.load(self._cache, slots)
+            snapshot.load(self._cache, cached)
             self.remember(row)
         except BaseException:
             self.close(row)
@@ -229,7 +231,7 @@ class CachedRows:
     def _extra_key(self, row: Row) -> bytes:
         """What a row's keys and values depend on besides its tokens."""
         source = b"" if row.source is None else row.source.key
-        return self._binding.fingerprint() + repr(row.regime).encode() + source
+        return self._binding.fingerprint() + repr((row.regime, self._cache.layout.codec)).encode() + source
 
     def _cut(self, cached: CachedSequence, tokens: int) -> CachedSequence | None:
         """A fork of the first `tokens` tokens; None if a window has let go of what it would need."""

@@ -72,6 +72,8 @@ class CachedScorer:
         context: tables that hold the beginning of the prompt.
         source: what the prompt is decoded from.
         step_tokens: the most tokens of a forward pass.
+        most_open_blocks: how many blocks may be open at once, one for the prompt and one for each continuation of a
+            pass; None if that is not limited.
         retention: the settled policy of prompt and continuations.
     """
 
@@ -86,11 +88,13 @@ class CachedScorer:
         context: Holding | None,
         source: Source | None,
         step_tokens: int,
+        most_open_blocks: int | None,
         retention: Retention | None = None,
     ) -> None:
         self._rows, self._cache, self._binding = rows, cache, binding
         self._prompt_ids, self._continuations, self._context = prompt_ids, continuations, context
         self._source, self._step_tokens, self._retention = source, step_tokens, retention
+        self._most_rows = step_tokens if most_open_blocks is None else max(most_open_blocks - 1, 1)
         # The last token of a continuation is never run: nothing follows it.
         self._lengths = [len(own) - 1 for own in continuations]
         self._logprobs: list[list[float]] = [[] for _ in continuations]
@@ -157,7 +161,7 @@ class CachedScorer:
             self._logprobs[index].append(logprob)
         live: dict[int, Row] = {}
         try:
-            for work in passes(self._lengths, members, self._step_tokens):
+            for work in self._passes(members):
                 self._run_pass(prompt, work, live)
         finally:
             for row in live.values():
@@ -192,7 +196,9 @@ class CachedScorer:
         last = len(self._prompt_ids) % size  # in a partial last block, which each fork copies
         most = (0,) * len(self._cache.groups)
         done = dict.fromkeys(members, 0)
-        for work in passes(self._lengths, members, self._step_tokens):
+        forks = 0
+        for work in self._passes(members):
+            forks = max(forks, len(work))
             for index, count in work:
                 done[index] += count
             now = []
@@ -204,18 +210,21 @@ class CachedScorer:
                 kept = [done[i] if limit is None else min(done[i], limit + self._step_tokens + size) for i, _ in work]
                 now.append(sum(blocks_of(last + own, size) for own in kept))
             most = tuple(max(pair) for pair in zip(most, now, strict=True))
-        return most
+        return self._cache.blocks_and_open(most, forks)
+
+    def _passes(self, members: list[int]) -> Iterator[Pass]:
+        return passes(self._lengths, members, self._step_tokens, most_rows=self._most_rows)
 
     def _note_peak(self, rows: Sequence[Row]) -> None:
         cached = [row.cached for row in rows if row.cached is not None]
         held = self._cache.blocks_held(cached)
         self._dropped_tokens = max([self._dropped_tokens, *(dropped_tokens(self._cache, own) for own in cached)])
         self._peak = tuple(max(pair) for pair in zip(self._peak, held, strict=True))
-        self._peak_bytes = max(self._peak_bytes, self._cache.bytes_of(held))
+        self._peak_bytes = max(self._peak_bytes, self._cache.bytes_held(cached))
 
 
-def passes(lengths: Sequence[int], members: Sequence[int], step_tokens: int) -> Iterator[Pass]:
-    """Forward passes of at most `step_tokens` tokens over `lengths[i]` tokens of each member, in order."""
+def passes(lengths: Sequence[int], members: Sequence[int], step_tokens: int, *, most_rows: int) -> Iterator[Pass]:
+    """Forward passes of at most `step_tokens` tokens and `most_rows` rows over `lengths[i]` tokens of each member."""
     work: Pass = []
     room = step_tokens
     for index in members:
@@ -224,7 +233,7 @@ def passes(lengths: Sequence[int], members: Sequence[int], step_tokens: int) -> 
             count = min(left, room)
             work.append((index, count))
             left, room = left - count, room - count
-            if not room:
+            if not room or len(work) == most_rows:
                 yield work
                 work, room = [], step_tokens
     if work:

@@ -1,7 +1,7 @@
 """Floor 4: bindings. They attach to models that others define; no architecture is defined here."""
 
 from kvloom.models.attention_interface import AttentionInterfaceBinding
-from kvloom.models.binding import Binding, Regime
+from kvloom.models.binding import Binding, Regime, check_codec_of
 from kvloom.models.cache_interface import CacheInterfaceBinding
 from kvloom.models.cached_callable import CachedCallableBinding
 from kvloom.models.callable import CallableBinding
@@ -23,4 +23,5 @@ __all__ = [
     "Regime",
     "Source",
     "bind",
+    "check_codec_of",
 ]

@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvloom.attention import Plan, torch_ops
 from kvloom.attention.native import NativeAttention, kernels_for
 from kvloom.attention.turn import Turn
-from kvloom.cache import CacheLayout, Store
+from kvloom.cache import AnyStore, CacheLayout, MixedKept, Store, in_own_dtype
 from kvloom.errors import ModelError, UnsupportedModel
 from kvloom.models.binding import Regime
 from kvloom.models.hosted import HostedModel
@@ -42,7 +42,7 @@ class _Step:
 
     native: NativeAttention | None
     plan: Plan
-    store: Store
+    store: AnyStore
     layer_of: dict[nn.Module, int]
     group_of_layer: tuple[int, ...]
     turns: tuple[Turn | None, ...] | None
@@ -68,9 +68,14 @@ def _attention(
         )
     layer = kvloom.layer_of[module]
     plan = kvloom.plan.groups[kvloom.group_of_layer[layer]]
-    if not plan.reach.cross:
-        kvloom.store.write(layer, plan.write_slots, key[0], value[0])
-    queries, keys, values = query[0].transpose(0, 1), kvloom.store.keys[layer], kvloom.store.values[layer]
+    queries = query[0].transpose(0, 1)
+    keys: Tensor | MixedKept
+    values: Tensor | MixedKept
+    if plan.reach.cross:
+        store = in_own_dtype(kvloom.store)
+        keys, values = store.keys[layer], store.values[layer]
+    else:
+        keys, values = kvloom.store.write(layer, plan.writes, key[0], value[0])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": s_aux}
     if kvloom.native is not None and plan.reads_all and not plan.reach.cross:
@@ -129,10 +134,10 @@ class AttentionInterfaceBinding(HostedModel):
         return self._turns
 
     @torch.no_grad()
-    def forward(self, token_ids: Tensor, plan: Plan, store: Store, *, regime: Regime) -> Tensor:
+    def forward(self, token_ids: Tensor, plan: Plan, store: AnyStore, *, regime: Regime) -> Tensor:
         """One ragged row [1, tokens] with explicit positions: no padding, no mask, no cache of transformers' own."""
         with self._lock, self._rotary.fixed(regime):
-            if self.native is None or not _is_plain(plan, store, self.dtype):
+            if self.native is None or not isinstance(store, Store) or not _is_plain(plan, store, self.dtype):
                 return self.forward_by_modules(token_ids, plan, store, regime=regime)
             if (whole := self.native.whole()) is not None:
                 return whole.forward(token_ids, plan, store)
@@ -140,11 +145,11 @@ class AttentionInterfaceBinding(HostedModel):
                 return self.forward_by_modules(token_ids, plan, store, regime=regime)
 
     @torch.no_grad()
-    def forward_by_modules(self, token_ids: Tensor, plan: Plan, store: Store, *, regime: Regime) -> Tensor:
+    def forward_by_modules(self, token_ids: Tensor, plan: Plan, store: AnyStore, *, regime: Regime) -> Tensor:
         """The same by the model's modules, but for their attention and their packed linear layers."""
         if self._group_of_layer is None:
             self._group_of_layer = store.layout.group_of_layer
-        kernels = kernels_for(store.keys[0])
+        kernels = kernels_for(store)
         step = _Step(kernels, plan, store, self._layer_of, self._group_of_layer, self._turns)
         with self._lock, self._attention_is(NAME), self._rotary.fixed(regime), self._packed():
             output = self.model(
@@ -265,7 +270,7 @@ def _is_plain(plan: Plan, store: Store, dtype: torch.dtype) -> bool:
     What retention policies hide, turn or observe goes through the modules' attention.
     """
     return (
-        kernels_for(store.keys[0]) is not None
+        kernels_for(store) is not None
         and store.keys[0].dtype == dtype
         and not any(group.retains for group in plan.groups)
         and all(bounds is None for bounds in store.bounds)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kvloom.attention import Plan
 from kvloom.attention.turn import Turn
-from kvloom.cache import LayerShape, Store
+from kvloom.cache import AnyStore, Codec, LayerShape
+from kvloom.errors import InvalidRequest
 from kvloom.models.encoder import Encoder
 from kvloom.models.identity import Identity
 from kvloom.models.operations import Operation
@@ -87,7 +88,7 @@ class Binding(Protocol):
         """
         ...
 
-    def forward(self, token_ids: Tensor, plan: Plan, store: Store, *, regime: Regime) -> Tensor:
+    def forward(self, token_ids: Tensor, plan: Plan, store: AnyStore, *, regime: Regime) -> Tensor:
         """Run one ragged row: write its keys and values into the store, read by the plan.
 
         Args:
@@ -98,7 +99,7 @@ class Binding(Protocol):
         """
         ...
 
-    def encode(self, source: Source, store: Store, slots: Tensor) -> None:
+    def encode(self, source: Source, store: AnyStore, slots: Tensor) -> None:
         """Put the keys and values of a source into int64[source.tokens] slots of every cross-attention layer."""
         ...
 
@@ -136,3 +137,13 @@ class Binding(Protocol):
     def detach(self) -> None:
         """Undo whatever attaching did to the model."""
         ...
+
+
+def check_codec_of(binding: Binding, codec: Codec) -> None:
+    """Refuse a codec that the model cannot be decoded under. Raises `InvalidRequest`."""
+    if codec == "native" or binding.shows_attention:
+        return
+    why = "it decodes from a source" if binding.encoder is not None else "the model computes its attention itself"
+    raise InvalidRequest(
+        f"`codec={codec}` cannot be honoured: {why}, and is handed keys and values as numbers. Use codec='native'."
+    )

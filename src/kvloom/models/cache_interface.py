@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from kvloom.attention import Plan
-from kvloom.cache import LayerShape, Reach, Store
+from kvloom.cache import AnyStore, LayerShape, Reach, Store, in_own_dtype
 from kvloom.errors import KVLoomError, UnsupportedModel
 from kvloom.models.binding import Regime
 from kvloom.models.dense import DenseBatch, run_dense, run_order
@@ -51,10 +51,11 @@ class CacheInterfaceBinding(HostedModel):
         self.calls = self._trial()
 
     @torch.no_grad()
-    def forward(self, token_ids: Tensor, plan: Plan, store: Store, *, regime: Regime) -> Tensor:
+    def forward(self, token_ids: Tensor, plan: Plan, store: AnyStore, *, regime: Regime) -> Tensor:
         """One pass for each set of rows of equal lengths; logits in the order of the plan."""
+        kept = in_own_dtype(store)
         with self._lock, self._rotary.fixed(regime), self._packed():
-            return run_dense(plan, self.device, lambda batch: self._run(token_ids[batch.rows], batch, store))
+            return run_dense(plan, self.device, lambda batch: self._run(token_ids[batch.rows], batch, kept))
 
     def windows(self) -> set[int]:
         """The limits that the configs name: the model masks by itself, and the cache keeps everything."""

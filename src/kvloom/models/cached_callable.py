@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from kvloom.attention import Plan
-from kvloom.cache import LayerShape, Store
+from kvloom.cache import AnyStore, LayerShape, Store, in_own_dtype
 from kvloom.errors import UnsupportedModel
 from kvloom.models.binding import Regime
 from kvloom.models.callable import CallableBinding
@@ -119,9 +119,10 @@ class CachedCallableBinding(CallableBinding):
         return run_order(plan)
 
     @torch.no_grad()
-    def forward(self, token_ids: Tensor, plan: Plan, store: Store, *, regime: Regime) -> Tensor:
+    def forward(self, token_ids: Tensor, plan: Plan, store: AnyStore, *, regime: Regime) -> Tensor:
         """One call for each set of rows of equal lengths; logits in the order of the plan."""
-        return run_dense(plan, self.device, lambda batch: self._run(token_ids[batch.rows], batch, store))
+        kept = in_own_dtype(store)
+        return run_dense(plan, self.device, lambda batch: self._run(token_ids[batch.rows], batch, kept))
 
     def _run(self, token_ids: Tensor, batch: DenseBatch, store: Store) -> Tensor:
         """Logits, float[batch, wanted, vocab], of int64[batch, count] token ids."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvloom.attention import Plan
 from kvloom.attention.turn import Turn
-from kvloom.cache import LayerShape, Store
+from kvloom.cache import AnyStore, LayerShape
 from kvloom.errors import UnsupportedModel
 from kvloom.models.binding import Regime
 from kvloom.models.encoder import Encoder
@@ -68,11 +68,11 @@ class CallableBinding:
         """Refused: what a callable does with positions cannot be seen."""
         raise UnsupportedModel("a callable does not show its attention")
 
-    def forward(self, token_ids: Tensor, plan: Plan, store: Store, *, regime: Regime) -> Tensor:
+    def forward(self, token_ids: Tensor, plan: Plan, store: AnyStore, *, regime: Regime) -> Tensor:
         """Never called: a binding without layers has no plan."""
         raise AssertionError("a callable has no cached forward; the engine must use forward_uncached")
 
-    def encode(self, source: Source, store: Store, slots: Tensor) -> None:
+    def encode(self, source: Source, store: AnyStore, slots: Tensor) -> None:
         """Never called: a callable has no encoder that is known."""
         raise AssertionError("a callable decodes from no source")
 

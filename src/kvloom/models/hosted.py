@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from kvloom.attention import Plan
 from kvloom.attention.turn import Turn
-from kvloom.cache import LayerShape, Store
+from kvloom.cache import AnyStore, LayerShape, in_own_dtype
 from kvloom.errors import UnsupportedModel
 from kvloom.models.binding import Regime
 from kvloom.models.encoder import Encoder
@@ -145,7 +145,7 @@ class HostedModel(ABC):
         return self._rotary.regime(tokens)
 
     @abstractmethod
-    def forward(self, token_ids: Tensor, plan: Plan, store: Store, *, regime: Regime) -> Tensor:
+    def forward(self, token_ids: Tensor, plan: Plan, store: AnyStore, *, regime: Regime) -> Tensor:
         """Run one ragged row on the cache; see `Binding`."""
 
     @property
@@ -185,7 +185,7 @@ class HostedModel(ABC):
         return logits if last is None else logits[:, -last:]
 
     @torch.no_grad()
-    def encode(self, source: Source, store: Store, slots: Tensor) -> None:
+    def encode(self, source: Source, store: AnyStore, slots: Tensor) -> None:
         """Run the encoder over a source, and put its keys and values for every cross-attention layer into `slots`.
 
         Args:
@@ -195,7 +195,7 @@ class HostedModel(ABC):
         cross = [index for index, layer in enumerate(self.layers) if layer.reach.cross]
         with self._lock, self._packed():
             for layer, keys, values in self.encoder.project(source):
-                store.write(cross[layer], slots, keys, values)
+                in_own_dtype(store).write(cross[layer], slots, keys, values)
 
     def _packed(self) -> AbstractContextManager[None]:
         """Within the context the linear layers use their packed copies, if there are any."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kvloom.blocks import PoolExhausted
-from kvloom.cache import CachedSequence, CacheLayout, KVCache, LayerShape
+from kvloom.cache import CachedSequence, CacheLayout, KVCache, LayerShape, in_own_dtype
 from kvloom.errors import CacheFull, CacheMismatch, UnsupportedModel
 from kvloom.models.cache_interface import CacheInterfaceBinding
 from kvloom.models.step_cache import StoredLayer
@@ -223,7 +223,7 @@ class _Rows:
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """All keys and values of a layer, [batch, kv_heads, tokens, dim]."""
-        return self.cache.store.gather(layer, self._all_slots()[:, : self.written[layer]])
+        return in_own_dtype(self.cache.store).gather(layer, self._all_slots()[:, : self.written[layer]])
 
     def select(self, rows: Sequence[int]) -> None:
         """Row i becomes a fork of row `rows[i]`."""
@@ -268,5 +268,5 @@ class _Rows:
         """int64[batch, tokens]."""
         if self._slots is None:
             slots = np.stack([sequence.tables[0].slots() for sequence in self.sequences])
-            self._slots = torch.from_numpy(slots).to(self.cache.store.keys[0].device)
+            self._slots = torch.from_numpy(slots).to(in_own_dtype(self.cache.store).keys[0].device)
         return self._slots

@@ -2,10 +2,12 @@
 
 The reference is the model's own forward pass over whole sequences, in which nothing is ours; or, where every operation
 is native, whole sequences through the same kernels, which are then compared with that forward pass. Six checks compare
-it with the cache, and the cache with itself: cold and warm, whole and in chunks, alone and in a batch.
+it with the cache, and the cache with itself: cold and warm, whole and in chunks, alone and in a batch. Where
+the cache is lossy, a recomputation on the same kind of cache is the reference, and its distance from the model is
+reported.
 """
 
 from kvloom.verify.checks import verify
-from kvloom.verify.report import Check, Divergence, Report, Verdict
+from kvloom.verify.report import Check, Cost, Divergence, Report, Verdict
 
-__all__ = ["Check", "Divergence", "Report", "Verdict", "verify"]
+__all__ = ["Check", "Cost", "Divergence", "Report", "Verdict", "verify"]

@@ -13,6 +13,7 @@ from itertools import cycle
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from kvloom.cache.retention import Retention
 from kvloom.engine import Engine
@@ -22,7 +23,8 @@ from kvloom.models import Binding
 from kvloom.prompts import read_prompts
 from kvloom.sources import Prompt, read_sources
 from kvloom.verify.compare import Comparison, Decoded, Watch, compare_beams, compare_sequences, worst
-from kvloom.verify.report import Check, Report
+from kvloom.verify.lossy import SHARE_OF_COST, chosen_from, compare_hypotheses, cost_of, cost_of_all, recompute
+from kvloom.verify.report import Check, Cost, Report
 from kvloom.verify.samples import Shape, choose_prompts, choose_sources
 
 NUM_BEAMS = 4
@@ -80,21 +82,24 @@ def verify(
     shape = _shape(engine, max_new_tokens)
     read = _read(prompts, tokenizer, binding, shape, seed)
     checks: tuple[Check, ...] = ()
-    told = None
+    told: str | None = None
+    cost: Cost | None = None
     if engine.cache is not None:
         compared = _Checks(_Runs(make, engine, read, shape, seed, on_progress))
-        checks = compared.all()
+        checks, cost = compared.all(), compared.cost
         told = None if retention is None else compared.retained(retention)
     return Report(
         binding=binding.name,
         dtype=str(binding.dtype).removeprefix("torch."),
         device=str(binding.device),
+        codec="native" if engine.cache is None else engine.cache.layout.codec,
         prompt_tokens=tuple(len(own.token_ids) for own in read),
         source_tokens=tuple(own.source.tokens for own in read if own.source is not None),
         max_new_tokens=shape.new_tokens,
         seed=seed,
         num_beams=NUM_BEAMS,
-        bit_identical=binding.bit_identical and bool(checks),
+        bit_identical=binding.bit_identical and bool(checks) and cost is None,
+        cost=cost,
         checks=checks,
         retention=told,
         note="" if checks else "a callable has no cache, and is always run uncached.",
@@ -150,11 +155,14 @@ class _Runs:
         self.prompts = prompts
         self.shape = shape
         self.seed = seed
-        self.bit_identical = engine.binding.bit_identical
+        # A lossy cache is read by other kernels than the uncached run.
+        self.bit_identical = engine.binding.bit_identical and not engine.cache.layout.seals
         self.relative_tolerance = RELATIVE_TOLERANCE.get(engine.binding.dtype, RELATIVE_TOLERANCE[torch.bfloat16])
         self._make = make
         self._engine = engine
         self._layout = engine.cache.layout
+        self.lossy = self._layout.seals
+        self.share_of_cost = SHARE_OF_COST.get(engine.binding.dtype, 0.0)
         self._on_progress = on_progress
         self._done = 0
 
@@ -199,17 +207,28 @@ class _Runs:
 
     def cached(self, *prompts: Prompt, rows: int = 1, step_tokens: int | None = None) -> Decodes:
         """The model on a cold cache that holds just these prompts; a prompt is one chunk unless told otherwise."""
-        step_tokens = step_tokens or sum(len(prompt.token_ids) for prompt in prompts)
+        total = sum(len(prompt.token_ids) for prompt in prompts)
+        return self._make(self._cold(*prompts, rows=rows, step_tokens=step_tokens or total))
+
+    def recomputed(self, prompt: Prompt, decoded: Decoded) -> Tensor:
+        """The logits of a run's new tokens, all computed in one chunk on a cold cache of the same codec."""
+        engine = self._cold(prompt, rows=1, step_tokens=len(prompt.token_ids) + len(decoded.token_ids))
+        return recompute(engine, prompt.token_ids, decoded)
+
+    def cost(self, prompt: Prompt, decoded: Decoded, recomputed: Tensor) -> Cost:
+        """What the codec makes of a run."""
+        return cost_of(self._engine.binding, self._layout.codec, prompt.token_ids, decoded, recomputed)
+
+    def _cold(self, *prompts: Prompt, rows: int, step_tokens: int) -> Engine:
         worst = [self._worst_case(prompt, rows, step_tokens) for prompt in prompts]
         blocks = max(sum(group) for group in zip(*worst, strict=True))
-        return self._make(
-            Engine(
-                self._engine.binding,
-                budget_bytes=blocks * self._layout.bytes_per_row_of_blocks,
-                block_tokens=self._layout.block_tokens,
-                step_tokens=step_tokens,
-                block_bounds=self._layout.block_bounds,
-            )
+        return Engine(
+            self._engine.binding,
+            budget_bytes=self._layout.budget_for(blocks, open_blocks=rows * len(prompts)),
+            block_tokens=self._layout.block_tokens,
+            codec=self._layout.codec,
+            step_tokens=step_tokens,
+            block_bounds=self._layout.block_bounds,
         )
 
     def _worst_case(self, prompt: Prompt, rows: int, step_tokens: int) -> tuple[int, ...]:
@@ -261,6 +280,8 @@ class _Checks:
         self._runs = runs
         self._cold: list[Decoded] = []
         self._warm: list[Decoded] = []
+        self._reference_name = "recomputed" if runs.lossy else "uncached"
+        self.cost: Cost | None = None
 
     def all(self) -> tuple[Check, ...]:
         return (
@@ -275,16 +296,23 @@ class _Checks:
 
     def greedy(self) -> Check:
         """Also keeps what the later checks compare with: cold, in one chunk, alone."""
-        runs, references = self._runs, []
+        runs, references, costs = self._runs, [], []
         for prompt in runs.prompts:
-            runs.tell("greedy, uncached")
-            references.append(runs.decode(runs.uncached(), prompt, do_sample=False, use_cache=False))
             runs.tell("greedy, cached")
             lm = runs.cached(prompt)
-            self._cold.append(runs.decode(lm, prompt, do_sample=False))
+            self._cold.append(cold := runs.decode(lm, prompt, do_sample=False))
             runs.tell("greedy, warm prefix")
             self._warm.append(runs.decode(lm, prompt, do_sample=False))
-        return self._compare("greedy", ("uncached", "cached"), references, self._cold, f"{len(references)} prompts")
+            runs.tell(f"greedy, {self._reference_name}")
+            if runs.lossy:
+                logits = runs.recomputed(prompt, cold)
+                references.append(chosen_from(logits, cold, greedily=True))
+                costs += [runs.cost(prompt, cold, logits)] if cold.token_ids else []
+            else:
+                references.append(runs.decode(runs.uncached(), prompt, do_sample=False, use_cache=False))
+        self.cost = cost_of_all(costs) if costs else None
+        names = (self._reference_name, "cached")
+        return self._compare("greedy", names, references, self._cold, f"{len(references)} prompts")
 
     def own(self) -> Check:
         """Where the uncached runs go through our kernels too, these are compared with the model's own forward."""
@@ -301,23 +329,32 @@ class _Checks:
         options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": runs.seed}
         references, others = [], []
         for prompt in runs.prompts:
-            runs.tell("sampling, uncached")
-            references.append(runs.decode(runs.uncached(), prompt, use_cache=False, **options))
             runs.tell("sampling, cached")
-            others.append(runs.decode(runs.cached(prompt), prompt, **options))
+            others.append(drawn := runs.decode(runs.cached(prompt), prompt, **options))
+            runs.tell(f"sampling, {self._reference_name}")
+            if runs.lossy:
+                references.append(chosen_from(runs.recomputed(prompt, drawn), drawn, greedily=False))
+            else:
+                references.append(runs.decode(runs.uncached(), prompt, use_cache=False, **options))
         detail = f"temperature 1, seed {runs.seed}"
-        return self._compare("sampling", ("uncached", "cached"), references, others, detail, seed=runs.seed)
+        names = (self._reference_name, "cached")
+        return self._compare("sampling", names, references, others, detail, seed=runs.seed)
 
     def beams(self) -> Check:
         """All hypotheses of a search, and the beams of every step."""
-        runs, comparisons = self._runs, []
+        runs = self._runs
+        comparisons: list[Comparison] = []
         for index, prompt in enumerate(runs.prompts):
-            runs.tell("beam search, uncached")
-            references, seen = runs.search(runs.uncached(), prompt, use_cache=False)
             runs.tell("beam search, cached")
             others, seen_cached = runs.search(runs.cached(prompt, rows=NUM_BEAMS), prompt)
-            comparisons.append(compare_beams(references, others, (seen, seen_cached), prompt=index))
-        return self._check("beam search", ("uncached", "cached"), comparisons, f"{NUM_BEAMS} beams")
+            runs.tell(f"beam search, {self._reference_name}")
+            if runs.lossy:
+                recomputed = [runs.recomputed(prompt, own) for own in others]
+                comparisons += compare_hypotheses(recomputed, others, prompt=index)
+            else:
+                references, seen = runs.search(runs.uncached(), prompt, use_cache=False)
+                comparisons.append(compare_beams(references, others, (seen, seen_cached), prompt=index))
+        return self._check("beam search", (self._reference_name, "cached"), comparisons, f"{NUM_BEAMS} beams")
 
     def warm_prefix(self) -> Check:
         """The same prompt again, on the cache that holds it."""
@@ -375,6 +412,10 @@ class _Checks:
         comparisons = [compare_sequences(own, other, prompt=index, seed=seed) for index, (own, other) in pairs]
         return self._check(method, names, comparisons, detail, tolerance)
 
+    def _codes_on_a_border(self) -> float:
+        """By how much logits may differ because a number lies on the border of two codes."""
+        return 0.0 if self.cost is None else self._runs.share_of_cost * self.cost.max_difference
+
     def _check(
         self,
         method: str,
@@ -400,7 +441,7 @@ class _Checks:
             margin=min(part.margin for part in parts) if first is None else first.margin,
             max_difference=worst([part.max_difference for part in parts]),
             same_bits=all(part.same_bits for part in parts),
-            tolerance=tolerance * scale,
+            tolerance=tolerance * scale + self._codes_on_a_border(),
             scale=scale,
             relative_tolerance=tolerance,
             detail=detail,

@@ -124,16 +124,47 @@ class Check:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a lossy codec costs: cached logits against those of the model's own forward, over the same tokens.
+
+    Attributes:
+        codec: how full blocks are kept.
+        tokens: new tokens, over all prompts.
+        same_choices: for how many of them the likeliest token is the same.
+        mean_divergence, max_divergence: Kullback-Leibler divergence from the model's own distribution, in nats.
+        max_difference: largest |difference| of logits.
+        scale: the largest |logit| of the model.
+    """
+
+    codec: str
+    tokens: int
+    same_choices: int
+    mean_divergence: float
+    max_divergence: float
+    max_difference: float
+    scale: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.codec} costs, against the uncached model: KL divergence {self.mean_divergence:.2g} nats on average "
+            f"and {self.max_divergence:.2g} at most, the same likeliest token for {self.same_choices}/{self.tokens}, "
+            f"logits within {self.max_difference:.2g} (the largest is {self.scale:.3g})."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """The outcome of `verify`. Its text is a table; `ok` says whether every check passed.
 
     Attributes:
         binding: how the model is attached.
         dtype, device: of weights and cache.
+        codec: how the cache keeps full blocks.
         prompt_tokens: length of each prompt.
         source_tokens: of each source, of an encoder-decoder model.
         max_new_tokens, seed, num_beams: as they were used.
         bit_identical: whether every operation of the model is native, so that the cache must not change a bit.
+        cost: of a lossy codec, which is measured and no failure; else None.
         checks: in the order in which they ran; empty if there is no cache to verify, and then `note` says why.
         retention: what the model's retention policy does to such output, in a sentence; None without one.
         seconds: what it took.
@@ -142,11 +173,13 @@ class Report:
     binding: str
     dtype: str
     device: str
+    codec: str
     prompt_tokens: tuple[int, ...]
     max_new_tokens: int
     seed: int
     num_beams: int
     bit_identical: bool
+    cost: Cost | None
     checks: tuple[Check, ...]
     note: str
     seconds: float
@@ -163,15 +196,19 @@ class Report:
         prompts = _listed("prompt", self.prompt_tokens)
         if self.source_tokens:
             prompts = f"{_listed('source', self.source_tokens)}, {prompts}"
-        return f"{self.dtype} on {self.device}, {prompts}, {self.max_new_tokens} new tokens, seed {self.seed}"
+        codec = "" if self.codec == "native" else f", {self.codec} codec"
+        return f"{self.dtype} on {self.device}{codec}, {prompts}, {self.max_new_tokens} new tokens, seed {self.seed}"
 
     def legend(self) -> str:
         """What the columns of the table mean."""
         share = max((check.relative_tolerance for check in self.checks), default=0.0)
+        borders = any(check.tolerance > 1.001 * check.relative_tolerance * check.scale for check in self.checks)
+        codes = f", and what a number on the border of two {self.codec} codes may make" if borders else ""
         native = "same bits where every operation is native, else " if self.bit_identical else ""
         return (
             "margin: how far the reference was from another choice. max |Δ|: largest difference of logits; tolerance: "
-            f"{native}{share:g} of the largest |logit|. Near tie: a difference so small turned a margin as small."
+            f"{native}{share:g} of the largest |logit|{codes}. Near tie: a difference so small turned a margin as "
+            "small."
         )
 
     def summary(self) -> str:
@@ -211,8 +248,11 @@ class Report:
             ).rstrip()
             for row in rows
         ]
-        notes = [text for text in (*(check.explain() for check in self.checks), self.advice(), self.retention) if text]
-        return "\n".join([self.heading(), "", *table, "", self.legend(), *notes, self.summary()])
+        cost = None if self.cost is None else str(self.cost)
+        notes = (*(check.explain() for check in self.checks), cost, self.advice(), self.retention)
+        return "\n".join(
+            [self.heading(), "", *table, "", self.legend(), *(own for own in notes if own), self.summary()]
+        )
 
 
 def _listed(noun: str, counts: Sequence[int]) -> str:

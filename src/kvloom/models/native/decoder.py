@@ -230,7 +230,6 @@ def whole_plan(layout: CacheLayout, batch: int, tokens: int, *, last: int) -> Pl
         positions=torch.arange(tokens).repeat(batch),
         logit_rows=slots.view(batch, tokens)[:, tokens - last :].reshape(-1).contiguous(),
         groups=tuple(
-            GroupPlan(write_slots=slots, sources=sources, reach=group.reach, block_tokens=tokens)
-            for group in layout.groups
+            GroupPlan(writes=slots, sources=sources, reach=group.reach, block_tokens=tokens) for group in layout.groups
         ),
     )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kvloom.attention import Plan, build_plan
-from kvloom.cache import CacheLayout, KVCache, Store
+from kvloom.cache import AnyStore, CacheLayout, KVCache, Store, in_own_dtype
 from kvloom.models.binding import Regime
 from kvloom.models.native.decoder import NativeModel
 from kvloom.models.native.recognise import ModelParts, Unrecognised
@@ -36,7 +36,7 @@ class Runs(Protocol):
 
     vocab_size: int
 
-    def forward_by_modules(self, token_ids: Tensor, plan: Plan, store: Store, *, regime: Regime) -> Tensor:
+    def forward_by_modules(self, token_ids: Tensor, plan: Plan, store: AnyStore, *, regime: Regime) -> Tensor:
         """Logits of a step; every module of the model is called."""
         ...
 
@@ -79,7 +79,7 @@ def record(binding: Runs, layout: CacheLayout, layers: list[nn.Module]) -> Recor
         with _recorded(layers) as kept:
             logits = binding.forward_by_modules(token_ids, plan, cache.store, regime=regime)
         cache.commit(extension)
-    return Recording(token_ids, plan, cache.store, regime, logits=logits, **kept)
+    return Recording(token_ids, plan, in_own_dtype(cache.store), regime, logits=logits, **kept)
 
 
 def as_factors(embeddings: Any) -> tuple[Tensor, Tensor] | None:

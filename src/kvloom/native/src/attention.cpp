@@ -10,10 +10,12 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include <omp.h>
 
+#include "codes.h"
 #include "pack.h"
 #include "schedule.h"
 #include "simd.h"
@@ -196,8 +198,9 @@ struct Shape {
 struct Layer {
     Schedule schedule;
     Shape shape;
-    const void *queries, *keys, *values;
+    const void *queries, *keys, *values;  // keys and values of native strides
     std::int64_t query_token_stride, query_head_stride, key_head_stride, value_head_stride;  // in elements
+    const Sealed *sealed_keys, *sealed_values;  // of the other strides; null if there are none
     const float* sinks;
     void* out;
     float scale, softcap;
@@ -253,6 +256,9 @@ template <class P> struct Workspace {
     P* queries;                       // [rows, key_dim in words]
     alignas(64) P weights[strip_rows][block_positions];
     alignas(64) float scores[strip_rows][block_positions];
+    alignas(64) float column_scales[block_positions];  // of values that are codes
+    std::int16_t* integers;           // queries for these, [rows of a strip, pieces, key_dim]
+    float* room;                      // for one of them
     std::int32_t *low, *high;         // [rows], the positions that each sees
     float* tops;                      // [rows], the running maxima, of scores times log2(e)
     float* weight_sums;               // [rows, 16], added up when the partition ends
@@ -265,6 +271,8 @@ template <class P> struct Workspace {
         take(memory, nothing, widest);
         take(memory, converted, block_positions * widest);
         take(memory, queries, rows * key_dim);
+        take(memory, integers, strip_rows * pieces_at_once * rounded_up(shape.key_dim, lanes) + lanes);
+        take(memory, room, rounded_up(shape.key_dim, lanes));
         take(memory, low, rows);
         take(memory, high, rows);
         take(memory, tops, rows + lanes);
@@ -299,14 +307,20 @@ public:
         tokens_ = layer_.schedule.tokens + item.set->first_token;
         keys_ = {static_cast<const E*>(layer_.keys) + item.head * layer_.key_head_stride, shape_.key_dim, space_.nothing, space_.converted};
         values_ = {static_cast<const E*>(layer_.values) + item.head * layer_.value_head_stride, shape_.value_dim, space_.nothing, space_.converted};
+        if (layer_.sealed_keys) {
+            sealed_keys_ = {*layer_.sealed_keys, item.head, shape_.key_dim};
+            sealed_values_ = {*layer_.sealed_values, item.head, shape_.value_dim};
+        }
         take_queries(item);
+        rows_ = rows;
+        see(item.begin < item.end && item.begin->native);
         if (item.whole)
             for (std::int64_t row = 0; row < rows; ++row) clear(space_.totals + row * shape_.record(), columns);
         for (const Stride* stride = item.begin; stride < item.end;) {
             start_partition(rows);
             const std::int32_t partition = stride->index / partition_blocks;
             for (; stride < item.end && stride->index / partition_blocks == partition; ++stride)
-                take_block(*stride, stride + 1 < item.end ? slots_of(stride[1]) : nullptr);
+                take_block(*stride, stride + 1 < item.end && stride[1].native == stride->native ? slots_of(stride[1]) : nullptr);
             end_partition(rows, item.whole ? nullptr : partials + item.first_partial);
         }
         if (!item.whole) return;
@@ -319,8 +333,6 @@ private:
         P* to = space_.queries;
         for (std::int32_t token = 0; token < item.set->tokens; ++token)
             for (std::int64_t g = 0; g < shape_.group; ++g, to += words_ * depth<P>) {
-                space_.low[token * shape_.group + g] = tokens_[token].low;
-                space_.high[token * shape_.group + g] = tokens_[token].high;
                 const E* from = static_cast<const E*>(layer_.queries) + tokens_[token].row * layer_.query_token_stride +
                                 (item.head * shape_.group + g) * layer_.query_head_stride;
                 copy(from, shape_.key_dim, to);
@@ -349,8 +361,25 @@ private:
         return layer_.schedule.slots + std::int64_t(stride.slots) * block_positions;
     }
 
+    struct Seen { std::int32_t low, high; };  // both inclusive
+
+    Seen seen_by(const Token& token) const {
+        return native_ ? Seen{std::max(token.low, token.own), token.high} : Seen{token.low, token.own - 1};
+    }
+
+    // From now on strides are native ones, or of codes.
+    void see(bool native) {
+        native_ = native;
+        for (std::int64_t row = 0; row < rows_; ++row) {
+            const Seen seen = seen_by(tokens_[row / shape_.group]);
+            space_.low[row] = seen.low;
+            space_.high[row] = seen.high;
+        }
+    }
+
     // `next`: slots of the block that will be taken after this one, or null.
     void take_block(const Stride& stride, const std::int32_t* next) {
+        if (bool(stride.native) != native_) see(stride.native);
         const std::int32_t* slots = slots_of(stride);
         const P* values[block_positions];
         pack(slots, next, values);
@@ -362,6 +391,24 @@ private:
     // `values`: where they were packed from.
     void pack(const std::int32_t* slots, const std::int32_t* next, const P** values) {
         const P* keys[block_positions];
+        if (!native_ && keeps_codes) {
+            const std::int8_t* rows[block_positions];
+            const std::int8_t* nothing = reinterpret_cast<const std::int8_t*>(space_.nothing);
+            pieces_.find(sealed_keys_, slots);
+            sealed_keys_.rows(slots, nothing, rows);
+            pack_codes(rows, shape_.key_dim, space_.keys, sealed_keys_.ahead(next));
+            sealed_values_.rows(slots, nothing, rows);
+            pack_code_pairs(rows, shape_.value_dim, space_.values, sealed_values_.ahead(next));
+            sealed_values_.slot_scales(slots, space_.column_scales);
+            return;
+        }
+        if (!native_) {
+            sealed_keys_.rows(slots, space_.converted, space_.nothing, keys);
+            pack_keys(keys, shape_.key_dim, space_.keys, Ahead());
+            sealed_values_.rows(slots, space_.converted, space_.nothing, values);
+            pack_values(values, shape_.value_dim, space_.values, Ahead());
+            return;
+        }
         keys_.rows(slots, keys);
         pack_keys(keys, shape_.key_dim, space_.keys, next ? keys_.ahead(next) : Ahead());
         values_.rows(slots, values);
@@ -373,20 +420,23 @@ private:
         while (first < last && slots[first] < 0) ++first;
         while (last > first && slots[last] < 0) --last;
         const std::int32_t low = stride.index * block_positions + first, high = stride.index * block_positions + last;
-        return std::all_of(tokens_ + stride.begin, tokens_ + stride.end, [=](const Token& t) { return t.low <= low && t.high >= high; });
+        return std::all_of(tokens_ + stride.begin, tokens_ + stride.end, [=](const Token& token) {
+            const Seen seen = seen_by(token);
+            return seen.low <= low && seen.high >= high;
+        });
     }
 
     bool all_finite(const P* const* values) const {
+        if (!native_ && keeps_codes) return finite(space_.column_scales, block_positions);
         return std::all_of(values, values + block_positions, [&](const P* row) { return finite(row, shape_.value_dim); });
     }
 
     // A weight of zero hides no infinite value, so a row that must not see one reads a block without it.
     void take_row_alone(std::int32_t index, const std::int32_t* slots, std::int64_t row) {
-        const Token& token = tokens_[row / shape_.group];
         std::int32_t seen[block_positions];
         for (int i = 0; i < block_positions; ++i) {
             const std::int32_t position = index * block_positions + i;
-            seen[i] = position < token.low || position > token.high ? -1 : slots[i];
+            seen[i] = position < space_.low[row] || position > space_.high[row] ? -1 : slots[i];
         }
         const P* values[block_positions];
         pack(seen, nullptr, values);
@@ -413,12 +463,29 @@ private:
     void take_strip(std::int32_t index, const std::int32_t* slots, std::int64_t row, int rows) {
         const Product<P> scores{space_.queries + row * words_ * depth<P>, words_ * depth<P>, space_.keys, block_positions,
                                 words_, space_.scores[0], block_positions, nullptr};
-        multiply(scores, rows, 0, block_positions);
+        if (!native_ && keeps_codes) score_codes(row, rows);
+        else multiply(scores, rows, 0, block_positions);
         float factors[lanes];
         weigh(index, slots, row, rows, factors);
         const Product<P> sums{space_.weights[0], block_positions, space_.values, shape_.columns(),
                               block_positions / depth<P>, space_.sums + row * shape_.record(), shape_.record(), factors};
         multiply(sums, rows, 0, shape_.columns());
+    }
+
+    // Scores of codes, by integers.
+    void score_codes(std::int64_t row, int rows) {
+        const std::int64_t words = code_words(shape_.key_dim), padded = words * 4;
+        for (int done = 0; done < pieces_.count; done += pieces_at_once) {
+            const Piece* pieces = pieces_.pieces + done;
+            const int count = std::min(pieces_at_once, pieces_.count - done);
+            float worth[strip_rows * pieces_at_once];
+            for (int r = 0; r < rows; ++r)
+                for (int p = 0; p < count; ++p)
+                    worth[r * pieces_at_once + p] = quantize(
+                        reinterpret_cast<const bf16*>(space_.queries + (row + r) * words_ * depth<P>), pieces[p].scales, shape_.key_dim,
+                        space_.room, space_.integers + (r * pieces_at_once + p) * padded);
+            score<strip_rows>(rows, space_.keys, words, space_.integers, worth, pieces, count, space_.scores[0]);
+        }
     }
 
     // Scores become weights; `factors` say by how much what was added up before must shrink.
@@ -443,6 +510,9 @@ private:
             for (int v = 0; v < block_vectors; ++v) x[v] = power(load(space_.scores[r] + v * lanes) - all(tops[r]));
             float* sums = space_.weight_sums + (row + r) * lanes;
             store(sums, fma(load(sums), all(factors[r]), (x[0] + x[1]) + (x[2] + x[3])));
+            if (!native_ && keeps_codes)
+#pragma GCC unroll 4
+                for (int v = 0; v < block_vectors; ++v) x[v] = x[v] * load(space_.column_scales + v * lanes);
             store_weights(space_.weights[r], x);
         }
     }
@@ -465,7 +535,12 @@ private:
     Workspace<P> space_;
     const std::int64_t words_;  // of a key
     const Token* tokens_ = nullptr;
+    std::int64_t rows_ = 0;
+    bool native_ = true;
+    static constexpr bool keeps_codes = std::is_same_v<E, bf16>;  // multiplies them as they are
+    Pieces pieces_;
     Loader<E> keys_{}, values_{};
+    Codes sealed_keys_{}, sealed_values_{};
 };
 
 // ---- the work of a layer, divided ---------------------------------------------------------------------------------
@@ -595,14 +670,16 @@ KVLOOM_EXPORT std::int64_t kvloom_attention_bytes(
 
 // Attention of a step's new tokens in one layer. `queries` [tokens, kv_heads * group, key_dim] with strides in elements, `keys`
 // and `values` [kv_heads, slots, dim] with a stride from head to head, `out` [tokens, kv_heads * group, value_dim].
+// `sealed`: where blocks are sealed, the codes of keys and of values, and `keys` and `values` hold the step's own blocks.
 // `sinks`: one score for each query head, or null. `softcap`: 0 if there is none. `memory` is aligned to 64 bytes.
 KVLOOM_EXPORT void kvloom_attend(
     int element, const std::int32_t* schedule, std::int64_t kv_heads, std::int64_t group, std::int64_t key_dim,
     std::int64_t value_dim, const void* queries, std::int64_t query_token_stride, std::int64_t query_head_stride,
-    const void* keys, std::int64_t key_head_stride, const void* values, std::int64_t value_head_stride, const float* sinks,
-    float scale, float softcap, void* out, void* memory, int threads) {
+    const void* keys, std::int64_t key_head_stride, const void* values, std::int64_t value_head_stride,
+    const Sealed* sealed, const float* sinks, float scale, float softcap, void* out, void* memory, int threads) {
     const Layer layer{Schedule(schedule), {kv_heads, group, key_dim, value_dim}, queries, keys, values, query_token_stride,
-                      query_head_stride, key_head_stride, value_head_stride, sinks, out, scale, softcap};
+                      query_head_stride, key_head_stride, value_head_stride, sealed, sealed ? sealed + 1 : nullptr, sinks, out,
+                      scale, softcap};
     with_element(element, [&](auto* e) { attend<std::remove_pointer_t<decltype(e)>>(layer, static_cast<char*>(memory), threads); });
 }
 

@@ -13,7 +13,7 @@ extern "C" void kvloom_attend(
     int element, const std::int32_t* schedule, std::int64_t kv_heads, std::int64_t group, std::int64_t key_dim,
     std::int64_t value_dim, const void* queries, std::int64_t query_token_stride, std::int64_t query_head_stride,
     const void* keys, std::int64_t key_head_stride, const void* values, std::int64_t value_head_stride,
-    const float* sinks, float scale, float softcap, void* out, void* memory, int threads);
+    const void* sealed, const float* sinks, float scale, float softcap, void* out, void* memory, int threads);
 
 namespace kvloom {
 
@@ -187,7 +187,7 @@ template <class Element> void behind_layers(const Ends& ends, std::int64_t hidde
 void attend(const DecoderLayer& layer, const KeysValues& kept, const LayersStep& step) {
     kvloom_attend(step.dtype, step.groups[layer.group].schedule, layer.kv_heads, layer.heads / layer.kv_heads, layer.dim,
                   layer.dim, step.query, layer.heads * layer.dim, layer.dim, kept.keys, kept.stride, kept.values,
-                  kept.stride, nullptr, layer.scale, 0, step.attended, step.memory, step.threads);
+                  kept.stride, nullptr, nullptr, layer.scale, 0, step.attended, step.memory, step.threads);
 }
 
 }  // namespace

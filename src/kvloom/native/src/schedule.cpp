@@ -13,11 +13,21 @@ namespace kvloom {
 namespace {
 
 struct Run { std::int32_t block, offset, count, first; };  // as tables keep them
-struct Source { std::int64_t runs, first_row, first_position, count; };
+struct Source {
+    std::int64_t runs, first_row, first_position, count;
+    // Where blocks are sealed: the first position in the blocks that the step writes, and the native slots of that one
+    // and of the first new token.
+    std::int64_t first_own, own_slot, new_slot;
+    std::int64_t native_slot(std::int64_t position) const {
+        return position < first_position ? own_slot + position - first_own : new_slot + position - first_position;
+    }
+};
 
-// What one sequence reads, from the block of the first position that its first new token sees.
+// What one sequence reads, from the block of the first position that its first new token sees. An index counts blocks, or
+// where they are sealed their strides: codes have even ones, native slots odd ones.
 struct Reader {
     Source source;
+    std::vector<std::int32_t> owns;   // for each new token the first position of its own block
     std::int64_t first_index = 0;
     std::vector<std::int32_t> slots;  // 64 a block
     std::vector<std::int32_t> ids;    // for each block where its slots stand in the schedule; -1 if it holds no token
@@ -38,14 +48,20 @@ struct Reach {
     }
 };
 
-Reader read(const Source& source, const Run* runs, const Reach& reach, std::int64_t block_tokens) {
+Reader read(const Source& source, const Run* runs, const Reach& reach, std::int64_t block_tokens, int kinds) {
     Reader reader;
     reader.source = source;
     const std::int64_t last = source.first_position + source.count - 1;
-    reader.first_index = reach.first_visible(source.first_position) / block_positions;
-    const std::int64_t low = reader.first_index * block_positions;
-    reader.ids.assign(last / block_positions + 1 - reader.first_index, -1);
+    const std::int64_t first_block = reach.first_visible(source.first_position) / block_positions;
+    const std::int64_t low = first_block * block_positions;
+    reader.first_index = first_block * kinds;
+    reader.owns.assign(source.count, 0);
+    reader.ids.assign((last / block_positions + 1 - first_block) * kinds, -1);
     reader.slots.assign(reader.ids.size() * block_positions, -1);
+    const auto slot_of = [&](std::int64_t position, int kind) -> std::int32_t& {
+        const std::int64_t index = (position - low) / block_positions * kinds + kind;
+        return reader.slots[index * block_positions + position % block_positions];
+    };
     const Run* end = runs + source.runs;
     const Run* run = std::lower_bound(
         runs, end, low, [](const Run& r, std::int64_t position) { return r.first + r.count <= position; });
@@ -53,8 +69,13 @@ Reader read(const Source& source, const Run* runs, const Reach& reach, std::int6
         const std::int64_t from = std::max<std::int64_t>(low, run->first);
         const std::int64_t to = std::min<std::int64_t>(last + 1, run->first + run->count);
         const std::int64_t slot = run->block * block_tokens + run->offset - run->first;
-        for (std::int64_t position = from; position < to; ++position)
-            reader.slots[position - low] = std::int32_t(slot + position);
+        const bool ended = kinds == 1 || run + 1 < end;
+        for (std::int64_t position = from; position < to; ++position) {
+            if (ended) slot_of(position, 0) = std::int32_t(slot + position);
+            if (kinds == 1 || position < source.first_own) continue;
+            slot_of(position, 1) = std::int32_t(source.native_slot(position));
+            if (position >= source.first_position) reader.owns[position - source.first_position] = run->first;
+        }
     }
     return reader;
 }
@@ -78,7 +99,7 @@ std::vector<int> sorted(const std::vector<Reader>& readers) {
 
 class Builder {
 public:
-    Builder(const Reach& reach, std::int64_t set_tokens) : reach_(reach), set_tokens_(set_tokens) {}
+    Builder(const Reach& reach, std::int64_t set_tokens, int kinds) : reach_(reach), set_tokens_(set_tokens), kinds_(kinds) {}
 
     void add(Reader& reader, const Reader* previous) {
         enter_blocks(reader, previous);
@@ -109,7 +130,7 @@ public:
 
 private:
     // New tokens of one reader within the set that is being made.
-    struct Part { const Reader* reader; std::int32_t begin, end; std::int64_t first_index, end_index; };
+    struct Part { const Reader* reader; std::int32_t begin, end; std::int64_t first_index, end_index, first_own; };
 
     void enter_blocks(Reader& reader, const Reader* previous) {
         for (std::int64_t index = reader.first_index; index < reader.end_index(); ++index) {
@@ -127,10 +148,10 @@ private:
         const std::int64_t first = reader.source.first_position + done, last = first + number - 1;
         const std::int32_t begin = std::int32_t(set_size());
         for (std::int64_t i = 0; i < number; ++i)
-            tokens_.push_back({std::int32_t(reader.source.first_row + done + i),
-                               std::int32_t(reach_.first_visible(first + i)), std::int32_t(first + i)});
-        parts_.push_back({&reader, begin, std::int32_t(begin + number),
-                          reach_.first_visible(first) / block_positions, last / block_positions + 1});
+            tokens_.push_back({std::int32_t(reader.source.first_row + done + i), std::int32_t(reach_.first_visible(first + i)),
+                               std::int32_t(first + i), reader.owns[done + i]});
+        parts_.push_back({&reader, begin, std::int32_t(begin + number), reach_.first_visible(first) / block_positions * kinds_,
+                          (last / block_positions + 1) * kinds_, reader.owns[done] / block_positions});
     }
 
     void close_set() {
@@ -151,10 +172,12 @@ private:
     // One stride for each lot of neighbouring tokens that read the same block.
     void enter_strides(std::int64_t index) {
         bool open = false;
+        const std::int32_t block = std::int32_t(index / kinds_), native = kinds_ == 1 || index % 2;
         for (const Part& part : parts_) {
-            const std::int32_t id = index < part.first_index || index >= part.end_index ? -1 : part.reader->id(index);
+            const bool reads = index >= part.first_index && index < part.end_index && (!native || block >= part.first_own);
+            const std::int32_t id = reads ? part.reader->id(index) : -1;
             if (open && id >= 0 && strides_.back().slots == id) strides_.back().end = part.end;
-            else if (id >= 0) strides_.push_back({std::int32_t(index), id, part.begin, part.end});
+            else if (id >= 0) strides_.push_back({block, id, part.begin, part.end, native});
             open = id >= 0;
         }
     }
@@ -170,6 +193,7 @@ private:
 
     const Reach reach_;
     const std::int64_t set_tokens_;
+    const int kinds_;  // of strides that a block of positions can have
     std::vector<Set> sets_;
     std::vector<Token> tokens_;
     std::vector<Stride> strides_;
@@ -182,20 +206,22 @@ private:
 }  // namespace kvloom
 
 // Writes the schedule of `sources` into `out`, and returns how many numbers it has: if these are more than
-// `capacity`, nothing was written. `runs` are those of all sources, one source behind the other.
+// `capacity`, nothing was written. `runs` are those of all sources, one source behind the other. `sealed`: whether full
+// blocks are, and the last three numbers of a source count.
 KVLOOM_EXPORT std::int64_t kvloom_attention_schedule(
     const std::int32_t* runs, const std::int64_t* sources, std::int64_t count, std::int64_t window, std::int64_t chunk,
-    std::int64_t block_tokens, std::int64_t set_tokens, std::int32_t* out, std::int64_t capacity) {
+    std::int64_t block_tokens, std::int64_t set_tokens, std::int64_t sealed, std::int32_t* out, std::int64_t capacity) {
     using namespace kvloom;
     const Reach reach{window, chunk};
     const Run* next = reinterpret_cast<const Run*>(runs);
+    const int kinds = sealed ? 2 : 1;
     std::vector<Reader> readers;
     readers.reserve(std::size_t(count));
     for (const Source* source = reinterpret_cast<const Source*>(sources); count--; ++source) {
-        readers.push_back(read(*source, next, reach, block_tokens));
+        readers.push_back(read(*source, next, reach, block_tokens, kinds));
         next += source->runs;
     }
-    Builder builder(reach, set_tokens);
+    Builder builder(reach, set_tokens, kinds);
     const Reader* previous = nullptr;
     for (const int i : sorted(readers)) {
         builder.add(readers[i], previous);

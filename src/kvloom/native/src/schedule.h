@@ -3,6 +3,10 @@
 // A block is 64 consecutive positions, from a multiple of 64 on, and the slots of the tokens held there. A set is up to
 // a hundred or so new tokens whose sequences have blocks in common. A stride is a block and the tokens of a set that
 // read it; strides of a set ascend by position.
+//
+// Where full blocks of the cache are sealed, a token reads what ended before its own block as codes and its own block
+// natively. A block of positions then has two strides: first that of the codes, in which a token sees what lies before
+// `own`, then the native one, in which it sees the rest, by slots of the step's own blocks.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +18,10 @@ constexpr int partition_blocks = 4;
 
 struct Header { std::int32_t sets, tokens, strides, blocks, widest, unused[3]; };
 struct Set { std::int32_t first_token, tokens, first_stride, strides; };
-struct Token { std::int32_t row, low, high; };  // in the ragged row; the positions that it sees, both inclusive
-struct Stride { std::int32_t index, slots, begin, end; };  // position / 64; which slots; tokens of the set
+// In the ragged row; the positions that it sees, both inclusive; the first one of its own block, 0 if nothing is sealed.
+struct Token { std::int32_t row, low, high, own; };
+// Position / 64; which slots; tokens of the set; whether the slots are native ones.
+struct Stride { std::int32_t index, slots, begin, end, native; };
 
 // The parts of a schedule in the order in which they lie.
 struct Schedule {

@@ -37,6 +37,7 @@ inline float float_of_bits(std::uint32_t bits) { float x; std::memcpy(&x, &bits,
 inline std::uint32_t bits_of_float(float x) { std::uint32_t bits; std::memcpy(&bits, &x, 4); return bits; }
 
 inline float to_float(float x) { return x; }
+inline float to_float(std::int8_t x) { return float(x); }
 inline float to_float(bf16 x) { return float_of_bits(std::uint32_t(x.bits) << 16); }
 
 // To the nearest, ties to even; NaN to a quiet NaN: what PyTorch does.
@@ -101,6 +102,10 @@ inline void store(f16* p, f32x16 x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
 }
 
+inline f32x16 load(const std::int8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+
 inline bf16x32 load_pairs(const bf16* p) { return {_mm512_loadu_si512(p)}; }
 inline bf16x32 all_pairs(const bf16* p) { std::int32_t pair; std::memcpy(&pair, p, 4); return {_mm512_set1_epi32(pair)}; }
 inline f32x16 first(bf16x32 x) { return {_mm512_castsi512_ps(_mm512_slli_epi32(x.v, 16))}; }
@@ -116,6 +121,24 @@ inline f32x16 nearest(f32x16 x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_T
 inline f32x16 where_not_less(f32x16 a, f32x16 b, f32x16 x) {
     return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ), x.v)};
 }
+
+// Sixteen 32-bit sums, and sixteen words of four 8-bit codes or of two 16-bit numbers.
+struct i32x16 { __m512i v; };
+inline i32x16 no_sums() { return {_mm512_setzero_si512()}; }
+inline i32x16 load_words(const std::uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline i32x16 all_words(const std::int16_t* pair) { std::int32_t word; std::memcpy(&word, pair, 4); return {_mm512_set1_epi32(word)}; }
+// Of four codes the first and third, or the second and fourth, as 16-bit numbers.
+inline i32x16 even_codes(i32x16 x) { return {_mm512_srai_epi16(_mm512_slli_epi16(x.v, 8), 8)}; }
+inline i32x16 odd_codes(i32x16 x) { return {_mm512_srai_epi16(x.v, 8)}; }
+// sum + a[0] * b[0] + a[1] * b[1] of 16-bit numbers: exact, so the order of additions does not matter.
+inline i32x16 dot_words(i32x16 sum, i32x16 a, i32x16 b) {
+#if defined(__AVX512VNNI__)
+    return {_mm512_dpwssd_epi32(sum.v, a.v, b.v)};
+#else
+    return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(a.v, b.v))};
+#endif
+}
+inline f32x16 floats(i32x16 x) { return {_mm512_cvtepi32_ps(x.v)}; }
 
 // ---- AVX2 -----------------------------------------------------------------------------------------------------
 
@@ -173,6 +196,11 @@ inline f32x16 load(const f16*) { return zeros(); }
 inline void store(f16*, f32x16) {}
 #endif
 
+inline __m256 eight_of(const std::int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline f32x16 load(const std::int8_t* p) { return {eight_of(p), eight_of(p + 8)}; }
+
 inline bf16x32 load_pairs(const bf16* p) {
     const __m256i* raw = reinterpret_cast<const __m256i*>(p);
     return {_mm256_loadu_si256(raw), _mm256_loadu_si256(raw + 1)};
@@ -220,6 +248,26 @@ inline f32x16 where_not_less(f32x16 a, f32x16 b, f32x16 x) {
     return {_mm256_and_ps(_mm256_cmp_ps(a.low, b.low, _CMP_NLT_UQ), x.low),
             _mm256_and_ps(_mm256_cmp_ps(a.high, b.high, _CMP_NLT_UQ), x.high)};
 }
+
+struct i32x16 { __m256i low, high; };
+inline i32x16 no_sums() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline i32x16 load_words(const std::uint32_t* p) {
+    const __m256i* raw = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(raw), _mm256_loadu_si256(raw + 1)};
+}
+inline i32x16 all_words(const std::int16_t* pair) {
+    std::int32_t word;
+    std::memcpy(&word, pair, 4);
+    return {_mm256_set1_epi32(word), _mm256_set1_epi32(word)};
+}
+inline __m256i even_half(__m256i x) { return _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8); }
+inline i32x16 even_codes(i32x16 x) { return {even_half(x.low), even_half(x.high)}; }
+inline i32x16 odd_codes(i32x16 x) { return {_mm256_srai_epi16(x.low, 8), _mm256_srai_epi16(x.high, 8)}; }
+inline i32x16 dot_words(i32x16 sum, i32x16 a, i32x16 b) {
+    return {_mm256_add_epi32(sum.low, _mm256_madd_epi16(a.low, b.low)),
+            _mm256_add_epi32(sum.high, _mm256_madd_epi16(a.high, b.high))};
+}
+inline f32x16 floats(i32x16 x) { return {_mm256_cvtepi32_ps(x.low), _mm256_cvtepi32_ps(x.high)}; }
 
 // ---- elsewhere ------------------------------------------------------------------------------------------------
 
@@ -320,6 +368,38 @@ inline f32x16 nearest(const f32x16& x) { return each([&](int i) { return (x.v[i]
 inline f32x16 where_not_less(const f32x16& a, const f32x16& b, const f32x16& x) {
     return each([&](int i) { return choose(a.v[i] < b.v[i], four(0), x.v[i]); });
 }
+
+struct i32x16 { std::uint32_t v[lanes]; };
+inline i32x16 no_sums() { return {}; }
+inline i32x16 load_words(const std::uint32_t* p) { i32x16 x; std::memcpy(&x, p, sizeof x); return x; }
+inline i32x16 all_words(const std::int16_t* pair) {
+    i32x16 x;
+    for (int i = 0; i < lanes; ++i) std::memcpy(&x.v[i], pair, 4);
+    return x;
+}
+// Two codes of each word in memory order, from byte `first` on, as 16-bit numbers.
+inline i32x16 some_codes(const i32x16& x, int first) {
+    i32x16 result;
+    for (int i = 0; i < lanes; ++i) {
+        std::int8_t codes[4];
+        std::memcpy(codes, &x.v[i], 4);
+        const std::int16_t pair[2] = {codes[first], codes[first + 2]};
+        std::memcpy(&result.v[i], pair, 4);
+    }
+    return result;
+}
+inline i32x16 even_codes(const i32x16& x) { return some_codes(x, 0); }
+inline i32x16 odd_codes(const i32x16& x) { return some_codes(x, 1); }
+inline i32x16 dot_words(i32x16 sum, const i32x16& a, const i32x16& b) {
+    for (int i = 0; i < lanes; ++i) {
+        std::int16_t x[2], y[2];
+        std::memcpy(x, &a.v[i], 4);
+        std::memcpy(y, &b.v[i], 4);
+        sum.v[i] += std::uint32_t(std::int32_t(x[0]) * y[0] + std::int32_t(x[1]) * y[1]);
+    }
+    return sum;
+}
+inline f32x16 floats(const i32x16& x) { return each([&](int i) { return float(std::int32_t(x.v[i])); }); }
 
 #endif
 
