@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from kvloom.cache import Codec, check_codec
 from kvloom.cache.retention import Retention, TopBlocks
@@ -51,11 +51,12 @@ def load(
     _check_sizes(budget_bytes=budget_bytes, block_tokens=block_tokens, threads=threads)
     check_policy(retention)
     check_codec(codec)
-    loaded, tokenizer = load_pretrained(model, dtype=dtype, device=_device(device))
+    loaded, tokenizer, processor = load_pretrained(model, dtype=dtype, device=_device(device))
     binding = _bind_transformers(loaded, exclusive=True)
     return _language_model(
         binding,
         tokenizer,
+        processor,
         loaded.generation_config,
         budget_bytes=budget_bytes,
         block_tokens=block_tokens,
@@ -86,7 +87,8 @@ def attach(
             past_key_values=..., use_cache=True) that returns `.logits` and `.past_key_values`; or any callable
             f(token_ids[B, S]) -> logits[B, S, V], which is decoded without a cache. `lm.binding.name` says how it was
             attached, and `lm.binding.reason` why not faster.
-        tokenizer: needed for text prompts and for text results.
+        tokenizer: needed for text prompts and for text results. Of an image-text model pass its processor, which
+            holds the tokenizer and turns images into the model's inputs.
         vocab_size, max_tokens, device: of a callable; a model knows its own.
         budget_bytes, block_tokens, codec, retention, threads: as for `load`.
         exclusive: whether KVLoom may have the weights for itself. By default yours stay as they are and KVLoom makes a
@@ -105,6 +107,9 @@ def attach(
     check_policy(retention)
     check_codec(codec)
     binding = _bind(model, vocab_size=vocab_size, max_tokens=max_tokens, device=device, exclusive=exclusive)
+    processor = None
+    if isinstance(tokenizer, ProcessorMixin) and binding.encoder is None:
+        processor, tokenizer = tokenizer, getattr(tokenizer, "tokenizer", None)
     if tokenizer is not None:
         if not hasattr(tokenizer, "get_vocab"):
             raise InvalidRequest(f"`tokenizer` must be a tokenizer of transformers; got {type(tokenizer).__name__}.")
@@ -112,6 +117,7 @@ def attach(
     return _language_model(
         binding,
         tokenizer,
+        processor,
         getattr(model, "generation_config", None),
         budget_bytes=budget_bytes,
         block_tokens=block_tokens,
@@ -158,6 +164,7 @@ def _bind_transformers(model: PreTrainedModel, *, exclusive: bool) -> HostedMode
 def _language_model(
     binding: Binding,
     tokenizer: Any,
+    processor: Any,
     generation_config: Any,
     *,
     budget_bytes: int | None,
@@ -180,7 +187,7 @@ def _language_model(
         # What no call could use is refused here; pins need a prompt to be outside of.
         layout = None if engine.cache is None else engine.cache.layout
         settle(retention, binding, layout, prompt_tokens=retention.least_prompt, new_tokens=0)
-    return LanguageModel(engine, tokenizer, config, retention)
+    return LanguageModel(engine, tokenizer, config, retention, processor=processor)
 
 
 def _check_sizes(**sizes: int | None) -> None:

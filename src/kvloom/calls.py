@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
@@ -15,9 +15,10 @@ from kvloom.engine import Engine, Request, Usage
 from kvloom.engine.holding import Holding
 from kvloom.engine.retaining import check_policy, settle
 from kvloom.errors import InvalidRequest, PromptTooLong
-from kvloom.prompts import read_prompts
+from kvloom.models import Media
+from kvloom.prompts import Prompt, PromptReader
 from kvloom.results import Generation, Hypotheses
-from kvloom.sources import Prompt, Start, read_sourced, target_side
+from kvloom.sources import Start, read_sourced, target_side
 from kvloom.text import decode_new, token_strings
 
 OWN_OPTIONS = (
@@ -54,7 +55,11 @@ class Asked:
 
 
 class Calls:
-    """Turns calls into requests on one engine, and what became of them into results."""
+    """Turns calls into requests on one engine, and what became of them into results.
+
+    Attributes:
+        reader: of prompts that no encoder reads.
+    """
 
     def __init__(
         self,
@@ -62,7 +67,10 @@ class Calls:
         tokenizer: Any,
         generation_config: GenerationConfig | None,
         retention: Retention | None = None,
+        *,
+        processor: Any = None,
     ) -> None:
+        self.reader = PromptReader(engine.binding, target_side(tokenizer, engine.binding), processor)
         self._engine = engine
         self._tokenizer = tokenizer
         self._generation_config = generation_config
@@ -117,7 +125,13 @@ class Calls:
         return policy
 
     def prompts(
-        self, prompt: Any, context: Context | None, decoder_input_ids: Any, options: Options | None = None
+        self,
+        prompt: Any,
+        context: Context | None,
+        decoder_input_ids: Any,
+        options: Options | None = None,
+        *,
+        cue: bool = True,
     ) -> tuple[list[Prompt], bool]:
         """Each prompt, the context's tokens included, and whether several were passed.
 
@@ -125,6 +139,7 @@ class Calls:
             prompt: what continues a context; without one, the source of an encoder-decoder model.
             decoder_input_ids: what such a model's sequences begin with.
             options: by default the model's own.
+            cue: whether messages end with the cue for an answer.
         """
         check_context(context)
         binding = self._engine.binding
@@ -134,29 +149,37 @@ class Calls:
         if context is None and binding.encoder is not None:
             start = Start(decoder_input_ids, self._start_tokens(options))
             return read_sourced(prompt, self._tokenizer, binding, start)
-        before, source = ((), None) if context is None else (context.token_ids, context.source)
-        if context is not None:
-            context.tables_for(self._engine)
-            if prompt is None:
-                return [Prompt(list(before), source)], False
-        tokenizer = target_side(self._tokenizer, binding)
-        read = read_prompts(prompt, tokenizer, vocab_size=binding.vocab_size, continues=context is not None)
-        return [Prompt(own, source).behind(before) for own in read.token_ids], read.several
+        if context is None:
+            return self.reader.read_all(prompt, cue=cue)
+        context.tables_for(self._engine)
+        begun = Prompt(list(context.token_ids), context.source, context.media)
+        if prompt is None:
+            return [begun], False
+        read, several = self.reader.read_all(prompt, before=context.token_ids, cue=cue)
+        return [replace(own, source=begun.source).behind(begun.token_ids, begun.media) for own in read], several
 
-    def settled(self, policy: Retention | None, *, prompt_tokens: int, new_tokens: int) -> Retention | None:
+    def settled(
+        self, policy: Retention | None, *, prompt_tokens: int, new_tokens: int, media: Media | None = None
+    ) -> Retention | None:
         """The policy as one request applies it; raises `InvalidRequest` if the request does not fit the model."""
         binding, cache = self._engine.binding, self._engine.cache
         if policy is None:
             check_length(binding.max_tokens, prompt_tokens, new_tokens)
             return None
+        if media is not None:
+            raise InvalidRequest(
+                f"{type(policy).__name__} cannot let go of a prompt with images. Pass `retention=None`, or no images."
+            )
         layout = None if cache is None else cache.layout
         return settle(policy, binding, layout, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
 
-    def prompt(self, prompt: Any, context: Context | None, decoder_input_ids: Any = None) -> Prompt:
+    def prompt(
+        self, prompt: Any, context: Context | None, decoder_input_ids: Any = None, *, cue: bool = True
+    ) -> Prompt:
         """A single prompt, the context's tokens included."""
         if prompt is None:
             raise InvalidRequest("there is no prompt. Pass text or token ids.")
-        read, several = self.prompts(prompt, context, decoder_input_ids)
+        read, several = self.prompts(prompt, context, decoder_input_ids, cue=cue)
         if several:
             raise InvalidRequest("this call takes a single prompt, and got a list of prompts.")
         return read[0]
@@ -180,7 +203,7 @@ class Calls:
     def _request(self, prompt: Prompt, options: Options, asked: Asked, policy: Retention | None) -> Request:
         prompt_ids = prompt.token_ids
         new_tokens = options.lengths(len(prompt_ids)).new_tokens
-        retention = self.settled(policy, prompt_tokens=len(prompt_ids), new_tokens=new_tokens)
+        retention = self.settled(policy, prompt_tokens=len(prompt_ids), new_tokens=new_tokens, media=prompt.media)
         decoder = make_decoder(
             options,
             prompt_ids,
@@ -202,6 +225,7 @@ class Calls:
             retention=retention,
             keep_tables=options.num_beams == 1,
             source=prompt.source,
+            media=prompt.media,
         )
 
     def submit(self, requests: list[Request]) -> None:
@@ -240,7 +264,9 @@ class Calls:
             finish_reason=own.finish_reason,
             score=own.score,
             usage=usage,
-            _make_context=lambda: Context(self._engine, token_ids, holding, request.retention, source=request.source),
+            _make_context=lambda: Context(
+                self._engine, token_ids, holding, request.retention, source=request.source, media=request.media
+            ),
         )
         if holding is not None:
             # A context that was asked for keeps the tables itself.

@@ -10,7 +10,7 @@ from kvloom.cache.retention import Retention
 from kvloom.engine import Engine
 from kvloom.engine.holding import Holding
 from kvloom.errors import ContextClosed, InvalidRequest
-from kvloom.models import Source
+from kvloom.models import Media, Source
 
 
 class Context:
@@ -21,6 +21,7 @@ class Context:
 
     Attributes:
         token_ids: all of them, also those that a retention policy has let go of.
+        media: its images and videos; None if it is text.
         retention: the policy that it was computed under, and that whatever continues it is under; None without one.
     """
 
@@ -32,8 +33,10 @@ class Context:
         retention: Retention | None = None,
         *,
         source: Source | None = None,
+        media: Media | None = None,
     ) -> None:
         self.source = source
+        self.media = media
         self.token_ids = tuple(token_ids)
         self.retention = retention
         self._engine = engine
@@ -72,11 +75,20 @@ class Context:
 
         Layers with a sliding window, or a retention policy, may have let go of what the shorter context needs; then its
         tokens are computed anew when it is used.
+
+        Raises:
+            InvalidRequest: there are fewer tokens, or the cut would go through an image.
         """
         whole = isinstance(tokens, int) and not isinstance(tokens, bool)
         if not whole or not 0 < tokens <= self.tokens:
             raise InvalidRequest(
                 f"a context of {self.tokens} tokens can be cut to 1 to {self.tokens}, not to {tokens!r}."
+            )
+        broken = None if self.media is None else self.media.split_by(tokens)
+        if broken is not None:
+            first, last = int(broken.places[0]), int(broken.places[-1])
+            raise InvalidRequest(
+                f"a cut at {tokens} goes through {broken}. Cut at {first} or before, or at {last + 1} or behind."
             )
         return self._cut(tokens)
 
@@ -89,13 +101,17 @@ class Context:
 
         Raises:
             InvalidRequest: there is no such folder, the model keeps no keys and values (a callable), the context is
-                under a retention policy, or it decodes from a source.
+                under a retention policy, or it decodes from a source or holds images.
             ContextClosed: the context was closed. An `OSError` (no space, no permission) passes through.
         """
         if self.source is not None:
             raise InvalidRequest(
                 "the context of an encoder-decoder model cannot be saved: a snapshot holds no source. Keep the source "
                 "and the token ids, and prefill them again."
+            )
+        if self.media is not None:
+            raise InvalidRequest(
+                "a context with images cannot be saved: a snapshot holds no pixels. Prefill the messages again."
             )
         if self.retention is not None:
             raise InvalidRequest(
@@ -121,7 +137,8 @@ class Context:
     def _cut(self, tokens: int) -> Context:
         holding = self.tables_for(self._engine)
         forked = self._engine.fork_holding(holding, tokens)
-        return Context(self._engine, self.token_ids[:tokens], forked, self.retention, source=self.source)
+        media = None if self.media is None else self.media.cut(tokens)
+        return Context(self._engine, self.token_ids[:tokens], forked, self.retention, source=self.source, media=media)
 
     def __enter__(self) -> Context:
         return self

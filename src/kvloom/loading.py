@@ -26,7 +26,9 @@ from transformers.utils import logging as transformers_logging
 
 from kvloom.decoding.notices import warn
 from kvloom.errors import CorruptCheckpoint, InvalidRequest, ModelNotFound, TokenizerMismatch, UnsupportedModel
+from kvloom.models.vision import takes_images
 from kvloom.models.weightless import auto_class
+from kvloom.processors import read_processor
 
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.tiktoken", "spiece.model", "sentencepiece*")
 
@@ -37,8 +39,8 @@ DEMO_MODEL = Path(__file__).parent / "demo_model"
 
 def load_pretrained(
     name: str | os.PathLike[str] | None, *, dtype: torch.dtype | str | None, device: torch.device
-) -> tuple[PreTrainedModel, Any]:
-    """The model, in evaluation mode on `device`, and its tokenizer (None if the checkpoint has none).
+) -> tuple[PreTrainedModel, Any, Any]:
+    """The model, in evaluation mode on `device`, its tokenizer and its processor (None if the checkpoint has none).
 
     Args:
         name: a folder or a hub id; None for the bundled demonstration model.
@@ -52,10 +54,11 @@ def load_pretrained(
         _check_files(source)
     config = _read_config(source)
     model = _read_weights(source, config, read_dtype(dtype)).to(device).eval()
-    tokenizer = _read_tokenizer(source)
+    processor = read_processor(source, config) if takes_images(model) else None
+    tokenizer = _read_tokenizer(source) if processor is None else processor.tokenizer
     if tokenizer is not None:
         check_tokenizer(tokenizer, _embedding_rows(model))
-    return model, tokenizer
+    return model, tokenizer, processor
 
 
 def load_config(name: str | os.PathLike[str] | None) -> tuple[Any, torch.dtype]:

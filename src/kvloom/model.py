@@ -17,10 +17,9 @@ from kvloom.engine import Engine
 from kvloom.errors import CacheMismatch, InvalidRequest, PromptTooLong
 from kvloom.models import Binding
 from kvloom.planning import MemoryPlan, plan_for
-from kvloom.prompts import read_prompt
+from kvloom.prompts import Prompt, PromptReader, read_prompt
 from kvloom.results import Extended
 from kvloom.scoring import Normalize, Scores, score
-from kvloom.sources import Prompt
 from kvloom.stream import Stream
 from kvloom.verify import Report
 from kvloom.verify import verify as run_checks
@@ -35,6 +34,12 @@ class LanguageModel:
     Options of decoding have the names, defaults and meaning of `transformers.GenerationConfig`; unset ones
     come from the model's generation config. KVLoom adds `seed` (of a request: the same seed gives the same
     text alone or in any batch), `output_logits`, `top_logprobs` and `presence_penalty`.
+
+    A prompt is text; token ids, as a list or as a tensor of shape [tokens] or [1, tokens]; or messages in the format of
+    transformers, which the chat template writes: `[{"role": "user", "content": "..."}]`. For an image-text model the
+    content may be a list of blocks, `{"type": "image", "image": ...}` (an image of PIL, or its "path" or "url") and
+    `{"type": "text", "text": "..."}`, and what its processor returns for one prompt is a prompt too. Behind a context,
+    pass the new messages alone: an answer that the context ends with is closed as the template closes it.
     """
 
     def __init__(
@@ -43,12 +48,15 @@ class LanguageModel:
         tokenizer: Any,
         generation_config: GenerationConfig | None,
         retention: Retention | None = None,
+        *,
+        processor: Any = None,
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
+        self.processor = processor
         self.generation_config = generation_config
         self.retention = retention
-        self._calls = Calls(engine, tokenizer, generation_config, retention)
+        self._calls = Calls(engine, tokenizer, generation_config, retention, processor=processor)
 
     @property
     def binding(self) -> Binding:
@@ -64,6 +72,11 @@ class LanguageModel:
     def max_tokens(self) -> int | None:
         """The model's context; None if it states none."""
         return self.binding.max_tokens
+
+    @property
+    def reader(self) -> PromptReader:
+        """Turns prompts into token ids, and images into what the model is shown."""
+        return self._calls.reader
 
     @property
     def longest(self) -> int | None:
@@ -87,8 +100,8 @@ class LanguageModel:
         """Generate from one prompt or several of any lengths.
 
         Args:
-            prompt: text, token ids (a list, or a tensor of shape [tokens] or [1, tokens]), or a list of
-                prompts. May be left out if there is a context.
+            prompt: text, token ids, messages, or a list of prompts; see the class. May be left out if there is a
+                context.
                 Of an encoder-decoder model it is the source, which the encoder reads once: text, token ids, or
                 features (a float tensor); behind a context, what continues the decoder's sequence.
             context: what the prompts continue.
@@ -177,17 +190,20 @@ class LanguageModel:
         context: Context | None = None,
         decoder_input_ids: Any = None,
         retention: Retention | Unset | None = UNSET,
+        add_generation_prompt: bool = False,
     ) -> Context:
         """Compute a prompt once, to continue it any number of times.
 
         Args:
-            prompt: text or token ids; of an encoder-decoder model, the source.
+            prompt: text, token ids or messages; of an encoder-decoder model, the source.
             context: what the prompt continues; unchanged.
             decoder_input_ids: as for `generate`.
             retention: the policy that the context, and what continues it, is under; as for `generate`.
+            add_generation_prompt: whether messages end with the cue for an answer, so that `generate(context=...)`
+                and `score` go on with one. Without it, go on with more messages.
         """
         policy = self._calls.policy(retention, context)
-        whole = self._calls.prompt(prompt, context, decoder_input_ids)
+        whole = self._calls.prompt(prompt, context, decoder_input_ids, cue=add_generation_prompt)
         return self._extended(context, whole, all_logits=False, policy=policy)[1]
 
     def extend(self, context: Context | None, token_ids: Any, *, start: int | None = None) -> Extended:
@@ -252,8 +268,8 @@ class LanguageModel:
             continuations: a list; each is text, or token ids (a list, or a tensor of shape [n] or [1, n]), with or
                 without an EOS token at the end. Text is tokenized as it stands behind the prompt, so it mostly begins
                 with a space. None may be empty.
-            prompt: text or token ids; may be left out if there is a context. Of an encoder-decoder model it is the
-                source, and continuations are what its decoder may write.
+            prompt: text, token ids or messages; may be left out if there is a context. Of an encoder-decoder model it
+                is the source, and continuations are what its decoder may write.
             context: what the prompt continues; unchanged.
             decoder_input_ids: as for `generate`.
             normalize: what `Score.score` is: "none", the sum of log-probabilities; "tokens" or "bytes", the same
@@ -339,9 +355,10 @@ class LanguageModel:
             InvalidRequest: prompts or `max_new_tokens` do not fit the model.
         """
         return run_checks(
-            lambda engine: LanguageModel(engine, self.tokenizer, None),
+            lambda engine: LanguageModel(engine, self.tokenizer, None, processor=self.processor),
             self.engine,
             self.tokenizer,
+            self.reader,
             prompts=prompts,
             max_new_tokens=max_new_tokens,
             seed=seed,
@@ -360,20 +377,25 @@ class LanguageModel:
     ) -> tuple[Tensor, Context]:
         """Run a prompt that begins with a context's tokens; logits of the new tokens, and the longer context."""
         holding = None if context is None else context.tables_for(self.engine)
-        token_ids, source = whole.token_ids, whole.source
+        token_ids, source, media = whole.token_ids, whole.source, whole.media
         new = len(token_ids) - (0 if context is None else context.tokens)
         if policy is None and self.max_tokens is not None and len(token_ids) > self.max_tokens:
             raise PromptTooLong(
                 f"{len(token_ids):,} tokens exceed the model's context of {self.max_tokens:,}. Shorten them."
             )
-        settled = self._calls.settled(policy, prompt_tokens=len(token_ids), new_tokens=0)
+        settled = self._calls.settled(policy, prompt_tokens=len(token_ids), new_tokens=0, media=media)
         if self.engine.cache is None:
             logits = self._uncached_logits(token_ids, new) if all_logits else torch.empty(0)
             return logits, Context(self.engine, token_ids, None)
         logits, extended = self.engine.compute(
-            token_ids, context=holding, logits_of=new if all_logits else 1, source=source, retention=settled
+            token_ids,
+            context=holding,
+            logits_of=new if all_logits else 1,
+            source=source,
+            media=media,
+            retention=settled,
         )
-        return logits, Context(self.engine, token_ids, extended, settled, source=source)
+        return logits, Context(self.engine, token_ids, extended, settled, source=source, media=media)
 
     def _uncached_logits(self, token_ids: list[int], last: int) -> Tensor:
         whole = torch.tensor([token_ids], device=self.binding.device)

@@ -1,4 +1,4 @@
-"""What users pass as a prompt: text, token ids, or a list of these."""
+"""What users pass as a prompt: text, token ids, messages, a processor's output, or a list of these."""
 
 from __future__ import annotations
 
@@ -10,7 +10,94 @@ import numpy as np
 from torch import Tensor
 
 from kvloom.errors import EmptyPrompt, InvalidRequest, InvalidTokens
+from kvloom.messages import Chat, is_conversation
+from kvloom.models import Binding, Media, Source
+from kvloom.models.media import join
+from kvloom.models.vision import MEDIA_INPUTS
 from kvloom.text import encode_continuation, encode_start
+
+NO_VISION = (
+    "the model takes no images: it is a text model, or one whose attention is its own. Leave them out, or load an "
+    "image-text model."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """What a sequence begins with, or goes on with behind a context.
+
+    Attributes:
+        token_ids: placeholders of images and videos included.
+        source: what it is decoded from, where there is an encoder.
+        media: its images and videos, as if a sequence began with it; None if it is text.
+    """
+
+    token_ids: list[int]
+    source: Source | None = None
+    media: Media | None = None
+
+    def behind(self, token_ids: Sequence[int], media: Media | None = None) -> Prompt:
+        """The whole sequence whose beginning is given."""
+        return Prompt([*token_ids, *self.token_ids], self.source, join(media, self.media, at=len(token_ids)))
+
+
+class PromptReader:
+    """Reads prompts of causal models, and what continues a context.
+
+    Args:
+        tokenizer: None if there is none; then prompts are token ids.
+        processor: of an image-text model; None if there is none, and then there are no messages with images.
+    """
+
+    def __init__(self, binding: Binding, tokenizer: Any, processor: Any = None) -> None:
+        self._tokenizer = tokenizer
+        self._binding = binding
+        refusals = {"image": NO_VISION, "video": NO_VISION} if binding.vision is None else binding.vision.refusals
+        self._chat = Chat(tokenizer, processor, refusals=refusals)
+
+    def read_all(
+        self, prompt: Any, *, before: Sequence[int] | None = None, cue: bool = True
+    ) -> tuple[list[Prompt], bool]:
+        """A prompt, or each of a list of prompts, see `read`; and whether it was a list."""
+        if is_list_of_prompts(prompt):
+            return [self.read(own, before=before, cue=cue) for own in prompt], True
+        return [self.read(prompt, before=before, cue=cue)], False
+
+    def read(self, prompt: Any, *, before: Sequence[int] | None = None, cue: bool = True) -> Prompt:
+        """A single prompt.
+
+        Args:
+            prompt: text; token ids as a list, or as a tensor or array of shape [tokens] or [1, tokens]; a list of
+                messages; what the processor of an image-text model returns for one prompt.
+            before: the tokens of the context that it continues; text then gets no special tokens, and messages close
+                an answer that the context ends with.
+            cue: whether messages end with the cue for an answer.
+
+        Raises:
+            EmptyPrompt, InvalidTokens, InvalidRequest: with what was wrong.
+        """
+        if isinstance(prompt, Prompt):
+            return prompt
+        if is_conversation(prompt):
+            return self._with_media(self._chat.read(prompt, before=before, cue=cue))
+        if isinstance(prompt, Mapping) and self._takes(prompt):
+            _refuse_padding(prompt)
+            return self._with_media({**prompt, "input_ids": _flat(prompt["input_ids"])})
+        vocab_size = self._binding.vocab_size
+        return Prompt(read_prompt(prompt, self._tokenizer, vocab_size=vocab_size, continues=before is not None))
+
+    def _takes(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether this is a processor's output, for a model that takes such."""
+        if self._binding.vision is None and MEDIA_INPUTS & set(inputs):
+            raise InvalidRequest(NO_VISION)
+        return self._binding.vision is not None and isinstance(inputs.get("input_ids"), (Tensor, np.ndarray))
+
+    def _with_media(self, inputs: Mapping[str, Any]) -> Prompt:
+        token_ids = read_token_ids(inputs["input_ids"], self._binding.vocab_size)
+        if not MEDIA_INPUTS & set(inputs):
+            return Prompt(token_ids)
+        assert self._binding.vision is not None, "refused before"
+        return Prompt(token_ids, media=self._binding.vision.read(token_ids, inputs))
 
 
 @dataclass(frozen=True)
@@ -42,7 +129,7 @@ def read_prompts(prompt: Any, tokenizer: Any, *, vocab_size: int, continues: boo
 
 
 def read_prompt(prompt: Any, tokenizer: Any, *, vocab_size: int, continues: bool = False) -> list[int]:
-    """Token ids of a single prompt; see `read_prompts`."""
+    """Token ids of a single prompt that is text or token ids; see `read_prompts`."""
     if isinstance(prompt, str):
         return _encode(prompt, tokenizer, vocab_size, continues)
     if isinstance(prompt, (Tensor, np.ndarray)):
@@ -73,7 +160,7 @@ def is_list_of_prompts(prompt: Any) -> bool:
     if isinstance(prompt, (str, bytes, bytearray, Tensor, np.ndarray)) or not isinstance(prompt, Sequence):
         return False
     # An empty list is an empty prompt: read_prompt says so.
-    return bool(prompt) and not isinstance(prompt[0], (int, float, np.number))
+    return bool(prompt) and not isinstance(prompt[0], (int, float, np.number)) and not is_conversation(prompt)
 
 
 def _encode(text: str, tokenizer: Any, vocab_size: int, continues: bool) -> list[int]:
@@ -96,3 +183,13 @@ def _flat(prompt: Tensor | np.ndarray) -> list[Any]:
             "Pass several prompts as a list, without padding."
         )
     return list(prompt.tolist())
+
+
+def _refuse_padding(inputs: Mapping[str, Any]) -> None:
+    mask = inputs.get("attention_mask")
+    rows = inputs["input_ids"].shape[0] if inputs["input_ids"].ndim == 2 else 1
+    if rows > 1 or (mask is not None and not bool((mask == 1).all())):
+        raise InvalidRequest(
+            f"a processor's output is one prompt without padding; this one has {rows} rows. Process the prompts one by "
+            "one, and pass them as a list."
+        )

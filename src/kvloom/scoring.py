@@ -12,8 +12,8 @@ from kvloom.calls import UNSET, Calls
 from kvloom.context import Context
 from kvloom.engine import Engine, Usage
 from kvloom.errors import EmptyPrompt, InvalidRequest, PromptTooLong
-from kvloom.prompts import read_prompt, read_token_ids
-from kvloom.sources import Prompt, target_side
+from kvloom.prompts import Prompt, read_prompt, read_token_ids
+from kvloom.sources import target_side
 from kvloom.text import Seam, decode_new, encode_continuation
 
 Normalize = Literal["none", "tokens", "bytes"]
@@ -103,8 +103,10 @@ def score(
         token_ids,
         context=None if context is None else context.tables_for(engine),
         source=prompt.source,
+        media=prompt.media,
         use_cache=use_cache,
-        retention=policy and calls.settled(policy, prompt_tokens=len(prompt_ids), new_tokens=longest),
+        retention=policy
+        and calls.settled(policy, prompt_tokens=len(prompt_ids), new_tokens=longest, media=prompt.media),
     )
     return Scores(
         (

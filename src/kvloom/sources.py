@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,19 +11,7 @@ from torch import Tensor
 from kvloom.errors import InvalidRequest
 from kvloom.models import Binding, Source
 from kvloom.models.encoder import Encoder
-from kvloom.prompts import is_list_of_prompts, read_prompt, read_prompts
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What a sequence begins with, and what it is decoded from where there is an encoder."""
-
-    token_ids: list[int]
-    source: Source | None = None
-
-    def behind(self, before: Sequence[int]) -> Prompt:
-        """The same behind other tokens."""
-        return Prompt([*before, *self.token_ids], self.source)
+from kvloom.prompts import Prompt, is_list_of_prompts, read_prompt, read_prompts
 
 
 @dataclass(frozen=True)

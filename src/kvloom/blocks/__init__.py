@@ -6,13 +6,14 @@ already hold the beginning of another one.
 
 from kvloom.blocks.open import OpenBlocks
 from kvloom.blocks.pool import BlockPool, PoolExhausted
-from kvloom.blocks.prefix import PrefixIndex, PrefixMatch, chain_digests
+from kvloom.blocks.prefix import Mark, PrefixIndex, PrefixMatch, chain_digests
 from kvloom.blocks.table import Append, BlockCopy, Table
 
 __all__ = [
     "Append",
     "BlockCopy",
     "BlockPool",
+    "Mark",
     "OpenBlocks",
     "PoolExhausted",
     "PrefixIndex",

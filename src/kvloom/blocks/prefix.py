@@ -1,7 +1,8 @@
 """The prefix index: which blocks already hold the beginning of a token list.
 
-A full block is known by a digest of its tokens, of the digest of the block before it, and of an extra key
-(model, codec, adapter, image content), so equal digests mean equal keys and values. The idea is that of
+A full block is known by a digest of its tokens, of the digest of the block before it, of an extra key (model,
+codec, adapter), and of what stands behind placeholder tokens that begin in it (image content), so equal digests
+mean equal keys and values. The idea is that of
 vLLM's automatic prefix caching: Kwon et al. 2023, "Efficient Memory Management for Large Language Model
 Serving with PagedAttention", section 4.4.
 """
@@ -19,17 +20,31 @@ from kvloom.blocks.pool import BlockPool
 
 Digest = bytes
 
+Mark = tuple[int, Digest]
+"""A token index at which placeholder tokens begin, and the digest of what stands behind them, such as an image."""
+
 
 def chain_digests(
-    tokens: Sequence[int], block_tokens: int, extra_key: bytes, *, parents: Sequence[Digest] = ()
+    tokens: Sequence[int],
+    block_tokens: int,
+    extra_key: bytes,
+    *,
+    parents: Sequence[Digest] = (),
+    marks: Sequence[Mark] = (),
 ) -> list[Digest]:
-    """The digest of each full block of `tokens`; `parents` are those already known, of the first blocks."""
+    """The digest of each full block of `tokens`; `parents` are those already known, of the first blocks.
+
+    A mark enters the block in which it stands, and by the chain all later ones; earlier blocks do not know of it.
+    """
     digests = list(parents)
+    behind: dict[int, bytes] = {}
+    for place, shown in sorted(marks):
+        behind[place // block_tokens] = behind.get(place // block_tokens, b"") + shown
     parent = digests[-1] if digests else hashlib.blake2b(extra_key, digest_size=16).digest()
     full = len(tokens) // block_tokens
     for index in range(len(digests), full):
         content = np.asarray(tokens[index * block_tokens : (index + 1) * block_tokens], dtype=np.int64)
-        parent = hashlib.blake2b(parent + content.tobytes(), digest_size=16).digest()
+        parent = hashlib.blake2b(parent + content.tobytes() + behind.get(index, b""), digest_size=16).digest()
         digests.append(parent)
     return digests
 

@@ -13,7 +13,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvloom.blocks import Append, BlockCopy, BlockPool, PoolExhausted, PrefixIndex, PrefixMatch, Table, chain_digests
+from kvloom.blocks import (
+    Append,
+    BlockCopy,
+    BlockPool,
+    Mark,
+    PoolExhausted,
+    PrefixIndex,
+    PrefixMatch,
+    Table,
+    chain_digests,
+)
 from kvloom.blocks.table import Slots
 from kvloom.cache.landing import Written
 from kvloom.cache.layout import CacheLayout, LayerGroup
@@ -137,14 +147,24 @@ class KVCache:
         """Blocks that a request can still have in every group: free ones and idle ones."""
         return min(group.available for group in self.groups)
 
-    def open(self, tokens: Sequence[int] = (), *, extra_key: bytes = b"", reuse: bool = True) -> CachedSequence:
+    @property
+    def blocks_in_use(self) -> int:
+        """Blocks held by anyone, idle ones included, in the fullest group."""
+        return max(group.pool.total - group.pool.free for group in self.groups)
+
+    def open(
+        self, tokens: Sequence[int] = (), *, extra_key: bytes = b"", marks: Sequence[Mark] = (), reuse: bool = True
+    ) -> CachedSequence:
         """A new sequence that already holds the longest known prefix of `tokens`.
 
         The last token is never matched, because its logits produce the first output.
+
+        Args:
+            marks: what stands behind placeholder tokens, see `chain_digests`.
         """
         sequence = CachedSequence([Table(group.pool, self.layout.block_tokens) for group in self.groups])
         if reuse and len(tokens) > 1:
-            self._adopt_prefix(sequence, chain_digests(tokens[:-1], self.layout.block_tokens, extra_key))
+            self._adopt_prefix(sequence, chain_digests(tokens[:-1], self.layout.block_tokens, extra_key, marks=marks))
         return sequence
 
     def extend(self, requests: Sequence[tuple[CachedSequence, int]]) -> Extension:
@@ -207,10 +227,12 @@ class KVCache:
             if not group.group.reach.unlimited:
                 table.drop_before(group.group.reach.first_needed(table.position))
 
-    def remember(self, sequence: CachedSequence, tokens: Sequence[int], *, extra_key: bytes = b"") -> None:
+    def remember(
+        self, sequence: CachedSequence, tokens: Sequence[int], *, extra_key: bytes = b"", marks: Sequence[Mark] = ()
+    ) -> None:
         """Put the full blocks of `sequence`, which hold `tokens`, into the prefix index, as far as they are exact."""
         size = self.layout.block_tokens
-        digests = chain_digests(tokens[: sequence.exact_tokens], size, extra_key)
+        digests = chain_digests(tokens[: sequence.exact_tokens], size, extra_key, marks=marks)
         for table, group in self._own_tables(sequence):
             for block, _, count, first in table.runs.tolist():
                 if count == size and first % size == 0 and first // size < len(digests):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,14 @@ COUNT = click.IntRange(min=1)
     is_flag=True,
     section="Input and output",
     help="The prompt is token ids, with commas or spaces between; so is the output.",
+)
+@option(
+    "--image",
+    "images",
+    metavar="PATH",
+    multiple=True,
+    section="Input and output",
+    help="Show an image-text model this image, before PROMPT as a message. May be repeated.",
 )
 @option(
     "--json",
@@ -123,17 +131,25 @@ COUNT = click.IntRange(min=1)
 )
 @click.pass_context
 def generate(
-    ctx: click.Context, /, prompt: str | None, token_ids: bool, as_json: bool, quiet: bool, **options: Any
+    ctx: click.Context,
+    /,
+    prompt: str | None,
+    token_ids: bool,
+    images: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
 ) -> None:
     """Continue PROMPT, or decode from it with an encoder-decoder model.
 
     PROMPT is text. `-` reads it from standard input, as does a pipe if there is no PROMPT; one newline at its
-    end is dropped. Standard output holds the generated text and nothing else. It is streamed, unless there are
-    beams or several sequences.
+    end is dropped. With --image it is a message, written as the model's chat template has it. Standard output
+    holds the generated text and nothing else. It is streamed, unless there are beams or several sequences.
 
     \b
     kvloom generate "Once upon a time" --temperature 0.8 --seed 7
     kvloom generate "Once upon a time" --num-beams 4 --num-return-sequences 2
+    kvloom generate --model Qwen/Qwen2.5-VL-3B-Instruct --image photo.png "What is this?"
     echo "Once upon a time" | kvloom generate --json | jq -r '.generations[0].text'
     """
     text = read_prompt(prompt, example='kvloom generate "Once upon a time"')
@@ -142,10 +158,13 @@ def generate(
     if retention is not None and options["no_cache"]:
         raise click.UsageError("`--retention` and `--no-cache` contradict each other. Leave one away.")
     given = _given(options)
-    ids = read_ids(text) if token_ids else None
+    if token_ids and images:
+        raise click.UsageError("`--image` shows an image beside text, so it does not go with `--token-ids`.")
+    asked = read_ids(text) if token_ids else _with_images(text, images)
     with _notes(ctx, quiet):
         lm = load_model(quiet=quiet, retention=retention, **settings)
-        job = _prepare(lm, text if ids is None else ids, given, model=model_name(settings["model"]), quiet=quiet)
+        shown = None if token_ids else text
+        job = _prepare(lm, asked, given, text=shown, model=model_name(settings["model"]), quiet=quiet)
         results = job.stream() if job.streams and not as_json else job.decode()
         if as_json:
             show.print_json(job.to_dict(results))
@@ -160,6 +179,14 @@ def generate(
 
 
 # ---- what was asked for ------------------------------------------------------------------------------------------
+
+
+def _with_images(text: str, images: Sequence[str]) -> Any:
+    """The prompt: plain text, or one message with the images before the text."""
+    if not images:
+        return text
+    blocks = [{"type": "image", "path": path} for path in images]
+    return [{"role": "user", "content": [*blocks, {"type": "text", "text": text}]}]
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -206,8 +233,9 @@ class _Job:
 
     lm: LanguageModel
     model: str
-    prompt: str | None
+    prompt: Any
     prompt_ids: list[int]
+    text: str | None
     given: dict[str, Any]
     resolved: Options
     meter: Meter
@@ -225,11 +253,11 @@ class _Job:
     def stream(self) -> list[Generation]:
         """Write the text as it comes."""
         written = ""
-        with self._metered(), self.lm.stream(self.prompt_ids, **self.given) as pieces:
+        with self._metered(), self.lm.stream(self.prompt, **self.given) as pieces:
             for piece in pieces:
                 if not written:
                     self._begin()
-                text = piece.text if self.prompt is not None else f"{' ' if written else ''}{piece.token_id}"
+                text = piece.text if self.text is not None else f"{' ' if written else ''}{piece.token_id}"
                 show.print_piece(text)
                 written += text
         show.finish_line(written)
@@ -239,14 +267,14 @@ class _Job:
     def decode(self) -> list[Generation]:
         """All sequences, when they are done."""
         with self._metered():
-            results = self.lm.generate(self.prompt_ids, **self.given)
+            results = self.lm.generate(self.prompt, **self.given)
         return list(results) if isinstance(results, list) else [results]
 
     def print_sequences(self, results: list[Generation]) -> None:
         """What `decode` returned, as text or ids."""
         if len(results) == 1:
             self._begin()
-        show.print_sequences(results, as_ids=self.prompt is None)
+        show.print_sequences(results, as_ids=self.text is None)
 
     def _begin(self) -> None:
         """The bar makes way for the text; in a terminal the prompt stands before what continues it."""
@@ -254,8 +282,7 @@ class _Job:
             # Not even a pipe is safe: `| tee` writes to the terminal in which the bar stands.
             self.meter.stop()
         if is_terminal(sys.stdout) and is_terminal(sys.stderr) and not self.quiet and self.continued_ids:
-            prompt = f"{' '.join(map(str, self.prompt_ids))} " if self.prompt is None else self.prompt
-            show.print_prompt(prompt)
+            show.print_prompt(f"{' '.join(map(str, self.prompt_ids))} " if self.text is None else self.text)
 
     def to_dict(self, results: list[Generation]) -> dict[str, Any]:
         """For JSON."""
@@ -266,7 +293,7 @@ class _Job:
         return show.as_json(
             results[0].usage,
             results,
-            prompt=self.prompt,
+            prompt=self.text,
             prompt_ids=self.prompt_ids,
             settings=settings,
             **self._facts(),
@@ -303,18 +330,27 @@ class _Job:
             self.meter.stop()
 
 
-def _prepare(lm: LanguageModel, prompt: str | list[int], given: dict[str, Any], *, model: str, quiet: bool) -> _Job:
+def _prepare(
+    lm: LanguageModel, asked: Any, given: dict[str, Any], *, text: str | None, model: str, quiet: bool
+) -> _Job:
     from kvloom.decoding import resolve
     from kvloom.decoding.randomness import fresh_seed
+    from kvloom.messages import is_conversation
     from kvloom.prompts import read_prompt
 
-    if isinstance(prompt, str) and lm.tokenizer is None:
+    if text is not None and lm.tokenizer is None:
         raise InvalidRequest(f"{model} has no tokenizer. Pass token ids with --token-ids.")
     encoder = lm.binding.encoder
     if encoder is not None and encoder.reads_features:
         raise InvalidRequest(f"{model} reads features, not text. Pass them to `generate` from Python.")
-    vocab_size = lm.vocab_size if encoder is None else encoder.vocab_size
-    prompt_ids = read_prompt(prompt, lm.tokenizer, vocab_size=vocab_size or lm.vocab_size)
+    prompt: Any
+    if encoder is None:
+        prompt = lm.reader.read(asked)
+        prompt_ids = prompt.token_ids
+    else:
+        if is_conversation(asked):
+            raise InvalidRequest(f"{model} decodes from text alone. Leave the images out.")
+        prompt = prompt_ids = read_prompt(asked, lm.tokenizer, vocab_size=encoder.vocab_size or lm.vocab_size)
     # What an encoder reads is not what the decoder continues, which is its start token.
     before = len(prompt_ids) if encoder is None else 1
     if "max_new_tokens" not in given:
@@ -338,8 +374,9 @@ def _prepare(lm: LanguageModel, prompt: str | list[int], given: dict[str, Any], 
     return _Job(
         lm=lm,
         model=model,
-        prompt=prompt if isinstance(prompt, str) else None,
+        prompt=prompt,
         prompt_ids=prompt_ids,
+        text=text,
         given=given,
         resolved=resolved,
         meter=meter,

@@ -35,7 +35,7 @@ from kvloom.engine.rows import CachedRows, stacked
 from kvloom.engine.scheduler import Scheduled, schedule
 from kvloom.engine.scoring import CachedScorer, Scored, score_uncached
 from kvloom.errors import CacheFull, ContextClosed, InvalidRequest, NumericalError
-from kvloom.models import Binding, Source, check_codec_of
+from kvloom.models import Binding, Media, Source, check_codec_of
 
 STEP_TOKENS = 512
 NO_TOKEN = "no token can be chosen: the model returned NaN logits, or the logits processors left no token possible."
@@ -145,7 +145,8 @@ class Engine:
             self._admit()
             prompt_tokens = self._forward_cached() + self._forward_uncached()
             decoded_rows = self._decide_and_apply()
-            self._emit(StepDone(prompt_tokens, decoded_rows, self._pending_prompt_tokens(), self._blocks_in_use()))
+            pending = sum(request.pending_prompt_tokens for request in self._requests)
+            self._emit(StepDone(prompt_tokens, decoded_rows, pending, self.cache.blocks_in_use if self.cache else 0))
 
     def shut_down(self) -> None:
         """Close every request and holding, and detach from the model."""
@@ -182,6 +183,7 @@ class Engine:
         context: Holding | None = None,
         logits_of: int = 1,
         source: Source | None = None,
+        media: Media | None = None,
         retention: Retention | None = None,
     ) -> tuple[Tensor, Holding]:
         """Compute tokens outside of any request, in chunks.
@@ -191,6 +193,7 @@ class Engine:
             context: what is computed already; unchanged.
             logits_of: of how many last tokens logits are wanted.
             source: what the sequence, the context's included, is decoded from.
+            media: the images and videos of the sequence.
             retention: the settled policy of the sequence.
 
         Returns:
@@ -203,7 +206,9 @@ class Engine:
                 prompt_tokens=tokens, rows=1, context=context, source=source, retention=retention
             )
             self._admission.refuse_unless_possible(need, f"a context of {tokens:,} tokens", reserved=self._reserved())
-            row = self._rows.open(token_ids, context, logits_of=logits_of, source=source, retention=retention)
+            row = self._rows.open(
+                token_ids, context, logits_of=logits_of, source=source, media=media, retention=retention
+            )
             try:
                 logits = self._rows.complete(row, step_tokens=self.step_tokens, logits_of=logits_of)
                 return logits, self._rows.hold(row, claimed=True)
@@ -218,6 +223,7 @@ class Engine:
         *,
         context: Holding | None = None,
         source: Source | None = None,
+        media: Media | None = None,
         use_cache: bool = True,
         retention: Retention | None = None,
     ) -> Scored:
@@ -228,6 +234,7 @@ class Engine:
             continuations: token ids, each of at least one token.
             context: what is computed already; unchanged.
             source: what the prompt is decoded from.
+            media: the images and videos of the prompt.
             use_cache: without it each continuation is a forward pass of its own over the whole sequence.
             retention: the settled policy of prompt and continuations.
 
@@ -237,7 +244,7 @@ class Engine:
         with self._working():
             self._check_open()
             if self.cache is None or not use_cache:
-                return score_uncached(self.binding, prompt_ids, continuations, source=source)
+                return score_uncached(self.binding, prompt_ids, continuations, source=source, media=media)
             scorer = CachedScorer(
                 self._rows,
                 self.cache,
@@ -246,6 +253,7 @@ class Engine:
                 continuations=continuations,
                 context=context,
                 source=source,
+                media=media,
                 step_tokens=self.step_tokens,
                 most_open_blocks=self._admission.free_open_blocks(self._reserved()),
                 retention=retention,
@@ -356,7 +364,8 @@ class Engine:
     def _start(self, request: Request) -> None:
         token_ids = list(request.prompt_ids)
         if request.use_cache:
-            row = self._rows.open(token_ids, request.context, source=request.source, retention=request.retention)
+            given, policy = request.context, request.retention
+            row = self._rows.open(token_ids, given, source=request.source, media=request.media, retention=policy)
             request.cached_prompt_tokens, request.computed_source_tokens = row.computed, row.encoded
         else:
             row = Row(token_ids, None, None, source=request.source)
@@ -412,7 +421,7 @@ class Engine:
         computed = 0
         for request in self._live(cached=False):
             token_ids = torch.tensor([row.token_ids for row in request.rows], device=self.binding.device)
-            every = self.binding.forward_uncached(token_ids, source=request.source)
+            every = self.binding.forward_uncached(token_ids, source=request.source, media=request.media)
             for row, logits in zip(request.rows, every, strict=True):
                 row.logits = logits[-1]
             request.computed_source_tokens += request.source_tokens
@@ -483,14 +492,6 @@ class Engine:
                 request.kept[key] = self._rows.hold(row, claimed=False)
 
     # ---- what is told --------------------------------------------------------------------------------------
-
-    def _pending_prompt_tokens(self) -> int:
-        return sum(row.pending for request in self._requests for row in request.rows if row.pending > 1)
-
-    def _blocks_in_use(self) -> int:
-        if self.cache is None:
-            return 0
-        return max(group.pool.total - group.pool.free for group in self.cache.groups)
 
     def _emit(self, event: Event) -> None:
         for listener in self.listeners:

@@ -12,6 +12,7 @@ from kvloom.cache.retention import Retention
 from kvloom.decoding import Decoder
 from kvloom.engine.holding import Holding
 from kvloom.models.binding import Regime
+from kvloom.models.media import Media
 from kvloom.models.source import Source
 
 
@@ -26,6 +27,7 @@ class Row:
         logits: of the last token, float[vocab], once everything is computed; None before.
         source: what the sequence is decoded from, where there is an encoder.
         encoded: tokens of the source that the encoder has read for this row; 0 where the cache knew the source.
+        media: the images and videos of the sequence; what the row writes behind them is text.
     """
 
     token_ids: list[int]
@@ -34,6 +36,7 @@ class Row:
     logits: Tensor | None = None
     source: Source | None = None
     encoded: int = 0
+    media: Media | None = None
 
     @property
     def computed(self) -> int:
@@ -89,6 +92,7 @@ class Request:
         context_owner: kept alive with the request, because the tables are freed with it.
         retention: the policy of its sequences, as settled for this request.
         source: what an encoder-decoder model decodes the request from; the prompt is its decoder's.
+        media: the images and videos of the prompt, the context's included.
         keep_tables: whether finished rows keep their tables, for contexts (beams do not: their hypotheses
             outlive their rows).
         kept: by token ids, the tables that finished rows have left behind, once the request is done.
@@ -104,6 +108,7 @@ class Request:
     retention: Retention | None = None
     keep_tables: bool = True
     source: Source | None = None
+    media: Media | None = None
 
     id: int = -1
     rows: list[Row] = field(default_factory=list)
@@ -128,6 +133,11 @@ class Request:
     def source_tokens(self) -> int:
         """Length of the source; 0 if there is none."""
         return 0 if self.source is None else self.source.tokens
+
+    @property
+    def pending_prompt_tokens(self) -> int:
+        """Prompt tokens that are still to be computed."""
+        return sum(row.pending for row in self.rows if row.pending > 1)
 
     def describe(self) -> str:
         """The request in the words of an error message."""

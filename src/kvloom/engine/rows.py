@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvloom.attention import build_plan
-from kvloom.blocks import PoolExhausted
+from kvloom.blocks import Mark, PoolExhausted
 from kvloom.cache import CachedSequence, Extension, KVCache, adopt_source, place_source, remember_source
 from kvloom.cache.placement import Placement
 from kvloom.cache.retention import Retention
@@ -23,7 +23,7 @@ from kvloom.engine.holding import Holding, Holdings
 from kvloom.engine.request import Row
 from kvloom.engine.retaining import begin, retain
 from kvloom.errors import CacheFull
-from kvloom.models import Binding, Source
+from kvloom.models import Binding, Media, Source
 from kvloom.models.binding import Regime
 
 Taken = TypeVar("Taken")
@@ -45,6 +45,7 @@ class CachedRows:
         logits_of: int = 1,
         becomes: int | None = None,
         source: Source | None = None,
+        media: Media | None = None,
         retention: Retention | None = None,
     ) -> Row:
         """A row that starts from a context's tables if they can serve, else from the longest cached prefix.
@@ -53,10 +54,12 @@ class CachedRows:
             logits_of: of how many last tokens logits are wanted; these are left to be computed.
             becomes: how long the sequence will be whose rotary factors are used; by default as long as it is.
             source: what it is decoded from, the context's if there is one. The encoder runs if the cache lacks it.
+            media: the images and videos of the sequence.
             retention: the policy that it is under, that of the context if this is under one.
         """
         regime = self._binding.regime(len(token_ids) if becomes is None else becomes)
-        row = Row(token_ids, self._continued(token_ids, context, regime, logits_of, retention), regime, source=source)
+        cached = self._continued(token_ids, context, regime, logits_of, retention)
+        row = Row(token_ids, cached, regime, source=source, media=media)
         if row.cached is None:
             reusable = _reusable(len(token_ids), logits_of, retention)
             self._open_tables(row, token_ids[: reusable + 1])
@@ -106,7 +109,7 @@ class CachedRows:
     def remember(self, row: Row) -> None:
         """Put a row's full blocks into the prefix index."""
         if row.cached is not None:
-            self._cache.remember(row.cached, row.token_ids, extra_key=self._extra_key(row))
+            self._cache.remember(row.cached, row.token_ids, extra_key=self._extra_key(row), marks=_marks(row))
 
     def hold(self, row: Row, *, claimed: bool) -> Holding:
         """Keep a row's tables; the row has none afterwards."""
@@ -180,7 +183,11 @@ class CachedRows:
             plan = build_plan(self._cache, extension, logits=logits, device=self._binding.device)
             token_ids = [token for row, count in work for token in row.token_ids[row.computed - count : row.computed]]
             result = self._binding.forward(
-                torch.tensor(token_ids, device=self._binding.device), plan, self._cache.store, regime=work[0][0].regime
+                torch.tensor(token_ids, device=self._binding.device),
+                plan,
+                self._cache.store,
+                regime=work[0][0].regime,
+                media=[row.media for row, _ in work],
             )
         except BaseException:
             self._cache.rollback(extension)
@@ -210,7 +217,7 @@ class CachedRows:
 
     def _open_tables(self, row: Row, token_ids: list[int]) -> None:
         """Give a row tables that hold the longest known prefix of `token_ids`, and its source."""
-        row.cached = self._cache.open(token_ids, extra_key=self._extra_key(row))
+        row.cached = self._cache.open(token_ids, extra_key=self._extra_key(row), marks=_marks(row))
         if row.source is not None:
             try:
                 row.encoded += self._encode(row.cached, row.source)
@@ -246,6 +253,11 @@ def _reusable(tokens: int, logits_of: int, retention: Retention | None) -> int:
     """How many leading tokens of a prompt may come from what full attention has computed before."""
     reusable = tokens - logits_of
     return reusable if retention is None else min(reusable, retention.reusable(tokens))
+
+
+def _marks(row: Row) -> list[Mark]:
+    """What the prefix index knows of the media of a row."""
+    return [] if row.media is None else row.media.marks
 
 
 def stacked(rows: Sequence[Tensor]) -> Tensor:

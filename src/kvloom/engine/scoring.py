@@ -22,7 +22,7 @@ from kvloom.engine.request import Row, Usage
 from kvloom.engine.retaining import dropped_tokens
 from kvloom.engine.rows import CachedRows
 from kvloom.errors import NumericalError
-from kvloom.models import Binding, Source
+from kvloom.models import Binding, Media, Source
 
 SOFTMAX_BYTES = 16 << 20
 """The most that the float32 log-softmax of some rows of logits takes at once."""
@@ -40,14 +40,19 @@ class Scored:
 
 
 def score_uncached(
-    binding: Binding, prompt_ids: list[int], continuations: Sequence[list[int]], *, source: Source | None = None
+    binding: Binding,
+    prompt_ids: list[int],
+    continuations: Sequence[list[int]],
+    *,
+    source: Source | None = None,
+    media: Media | None = None,
 ) -> Scored:
     """Each continuation apart, by the model's own forward over the whole sequence."""
     start = time.perf_counter()
     logprobs = []
     for own in continuations:
         token_ids = torch.tensor([[*prompt_ids, *own[:-1]]], device=binding.device)
-        logits = binding.forward_uncached(token_ids, last=len(own), source=source)[0]
+        logits = binding.forward_uncached(token_ids, last=len(own), source=source, media=media)[0]
         logprobs.append(_checked(token_logprobs(logits, own)))
     usage = Usage(
         prompt_tokens=len(prompt_ids),
@@ -71,6 +76,7 @@ class CachedScorer:
         continuations: token ids, each of at least one token.
         context: tables that hold the beginning of the prompt.
         source: what the prompt is decoded from.
+        media: the images and videos of the prompt.
         step_tokens: the most tokens of a forward pass.
         most_open_blocks: how many blocks may be open at once, one for the prompt and one for each continuation of a
             pass; None if that is not limited.
@@ -87,13 +93,14 @@ class CachedScorer:
         continuations: Sequence[list[int]],
         context: Holding | None,
         source: Source | None,
+        media: Media | None,
         step_tokens: int,
         most_open_blocks: int | None,
         retention: Retention | None = None,
     ) -> None:
         self._rows, self._cache, self._binding = rows, cache, binding
         self._prompt_ids, self._continuations, self._context = prompt_ids, continuations, context
-        self._source, self._step_tokens, self._retention = source, step_tokens, retention
+        self._source, self._media, self._step_tokens, self._retention = source, media, step_tokens, retention
         self._most_rows = step_tokens if most_open_blocks is None else max(most_open_blocks - 1, 1)
         # The last token of a continuation is never run: nothing follows it.
         self._lengths = [len(own) - 1 for own in continuations]
@@ -124,7 +131,12 @@ class CachedScorer:
         for _, members in self._regimes():
             becomes = len(self._prompt_ids) + self._lengths[members[0]]
             prompt = self._rows.open(
-                self._prompt_ids, self._context, becomes=becomes, source=self._source, retention=self._retention
+                self._prompt_ids,
+                self._context,
+                becomes=becomes,
+                source=self._source,
+                media=self._media,
+                retention=self._retention,
             )
             encoded += prompt.encoded
             found += prompt.computed
@@ -172,7 +184,8 @@ class CachedScorer:
         for index, _ in work:
             if index not in live:
                 token_ids = [*self._prompt_ids, *self._continuations[index][:-1]]
-                live[index] = Row(token_ids, self._rows.fork_tables(prompt), prompt.regime, source=prompt.source)
+                tables = self._rows.fork_tables(prompt)
+                live[index] = Row(token_ids, tables, prompt.regime, source=prompt.source, media=prompt.media)
         counts = [count for _, count in work]
         logits = self._rows.forward(
             [(live[index], count) for index, count in work],

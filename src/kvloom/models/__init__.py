@@ -7,6 +7,7 @@ from kvloom.models.cached_callable import CachedCallableBinding
 from kvloom.models.callable import CallableBinding
 from kvloom.models.choosing import bind
 from kvloom.models.hosted import HostedModel
+from kvloom.models.media import Media
 from kvloom.models.operations import Operation
 from kvloom.models.paged_cache import PagedCache
 from kvloom.models.source import Source
@@ -18,6 +19,7 @@ __all__ = [
     "CachedCallableBinding",
     "CallableBinding",
     "HostedModel",
+    "Media",
     "Operation",
     "PagedCache",
     "Regime",

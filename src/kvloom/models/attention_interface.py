@@ -7,8 +7,8 @@ the model is as its owner left it, so the owner's own calls give the same bits a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +25,15 @@ from kvloom.errors import ModelError, UnsupportedModel
 from kvloom.models.binding import Regime
 from kvloom.models.hosted import HostedModel
 from kvloom.models.looking import LOOK, Look, look
+from kvloom.models.media import Media
 from kvloom.models.native import NativePath
 from kvloom.models.operations import Operation, linear_operations
 from kvloom.models.probe import PROBE, PROBE_TOKENS, Probe, run_probe
 from kvloom.models.ragged_decoder import ragged_inputs
+from kvloom.models.showing import Showing
 from kvloom.models.source import Source
 from kvloom.models.turning import TURNING, Recorded, prove_turns
+from kvloom.models.vision import Vision, takes_images
 from kvloom.native import Library, native
 
 NAME = "kvloom"
@@ -118,6 +121,9 @@ class AttentionInterfaceBinding(HostedModel):
         self._layer_of = {call.module: index for index, call in enumerate(self.calls)}
         self._group_of_layer: tuple[int, ...] | None = None
         self._turns: tuple[Turn | None, ...] | None = None
+        if takes_images(model):
+            self.vision = Vision(model)
+            self.showing = Showing(model, self.vision, self.fingerprint)
 
     def check_ready(self) -> None:
         """Refuse what `HostedModel` refuses, and look whether the model's layers are those that the kernels know."""
@@ -134,26 +140,43 @@ class AttentionInterfaceBinding(HostedModel):
         return self._turns
 
     @torch.no_grad()
-    def forward(self, token_ids: Tensor, plan: Plan, store: AnyStore, *, regime: Regime) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, plan: Plan, store: AnyStore, *, regime: Regime, media: Sequence[Media | None] = ()
+    ) -> Tensor:
         """One ragged row [1, tokens] with explicit positions: no padding, no mask, no cache of transformers' own."""
         with self._lock, self._rotary.fixed(regime):
-            if self.native is None or not isinstance(store, Store) or not _is_plain(plan, store, self.dtype):
-                return self.forward_by_modules(token_ids, plan, store, regime=regime)
+            # The kernels were proven on text, whose positions are one number.
+            if (
+                self.native is None
+                or any(media)
+                or not isinstance(store, Store)
+                or not _is_plain(plan, store, self.dtype)
+            ):
+                return self.forward_by_modules(token_ids, plan, store, regime=regime, media=media)
             if (whole := self.native.whole()) is not None:
                 return whole.forward(token_ids, plan, store)
             with self.native.layers(plan, store):
                 return self.forward_by_modules(token_ids, plan, store, regime=regime)
 
     @torch.no_grad()
-    def forward_by_modules(self, token_ids: Tensor, plan: Plan, store: AnyStore, *, regime: Regime) -> Tensor:
+    def forward_by_modules(
+        self, token_ids: Tensor, plan: Plan, store: AnyStore, *, regime: Regime, media: Sequence[Media | None] = ()
+    ) -> Tensor:
         """The same by the model's modules, but for their attention and their packed linear layers."""
         if self._group_of_layer is None:
             self._group_of_layer = store.layout.group_of_layer
         kernels = kernels_for(store)
         step = _Step(kernels, plan, store, self._layer_of, self._group_of_layer, self._turns)
-        with self._lock, self._attention_is(NAME), self._rotary.fixed(regime), self._packed():
+        inputs_of = self._step_inputs(token_ids, plan, media)
+        with (
+            self._lock,
+            self._rotary.fixed(regime),
+            self._packed(),
+            inputs_of as inputs,
+            self._attention_is(NAME),
+        ):
             output = self.model(
-                **self._inputs(token_ids, plan.positions),
+                **inputs,
                 kvloom=step,
                 **({"logits_to_keep": plan.logit_rows} if self._keeps_logits else {}),
             )
@@ -162,13 +185,19 @@ class AttentionInterfaceBinding(HostedModel):
 
     @torch.no_grad()
     def forward_uncached(
-        self, token_ids: Tensor, *, last: int | None = 1, regime: Regime | None = None, source: Source | None = None
+        self,
+        token_ids: Tensor,
+        *,
+        last: int | None = 1,
+        regime: Regime | None = None,
+        source: Source | None = None,
+        media: Media | None = None,
     ) -> Tensor:
         """Whole sequences by the same native operations as on the cache, where all are native; else the model's own."""
         fixed = self.regime(token_ids.shape[1]) if regime is None else regime
         with self._lock:
-            if self.native is None or (whole := self.native.whole()) is None:
-                return self.forward_own(token_ids, last=last, regime=fixed, source=source)
+            if self.native is None or media is not None or (whole := self.native.whole()) is None:
+                return self.forward_own(token_ids, last=last, regime=fixed, source=source, media=media)
             with self._rotary.fixed(fixed):
                 return whole.forward_uncached(token_ids, last=last)
 
@@ -178,6 +207,14 @@ class AttentionInterfaceBinding(HostedModel):
             return ragged_inputs(self.model, token_ids, positions, [call.shape for call in self.calls])
         return {"input_ids": token_ids[None], "position_ids": positions[None], "use_cache": False}
 
+    def _step_inputs(
+        self, token_ids: Tensor, plan: Plan, media: Sequence[Media | None]
+    ) -> AbstractContextManager[dict[str, Any]]:
+        """The same, with images."""
+        if self.showing is None or not any(media):
+            return nullcontext(self._inputs(token_ids, plan.positions))
+        return self.showing.step(token_ids, plan, media)
+
     @property
     def shows_attention(self) -> bool:
         """True but for encoder-decoder models, whose decoders also attend to a source."""
@@ -186,7 +223,7 @@ class AttentionInterfaceBinding(HostedModel):
     @property
     def bit_identical(self) -> bool:
         """Whether every operation runs in native kernels, so that the cache changes no bit of the logits."""
-        return self.native is not None and self.native.whole() is not None
+        return self.vision is None and self.native is not None and self.native.whole() is not None
 
     @torch.no_grad()
     def look(self, token_ids: Tensor, *, causal: bool = True) -> Look:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Protocol
 
 import torch
@@ -14,8 +14,10 @@ from kvloom.cache import AnyStore, Codec, LayerShape
 from kvloom.errors import InvalidRequest
 from kvloom.models.encoder import Encoder
 from kvloom.models.identity import Identity
+from kvloom.models.media import Media
 from kvloom.models.operations import Operation
 from kvloom.models.source import Source
+from kvloom.models.vision import Vision
 
 # What the rotary factors of a sequence depend on besides positions; rows of unlike regimes run apart.
 Regime = Hashable
@@ -59,6 +61,11 @@ class Binding(Protocol):
         """What reads sources, of an encoder-decoder model; None for a causal model."""
         ...
 
+    @property
+    def vision(self) -> Vision | None:
+        """How the model takes images and videos; None if it takes none."""
+        ...
+
     def check_ready(self) -> None:
         """Raise `UnsupportedModel` if the model is in a state in which it cannot be decoded (training mode)."""
         ...
@@ -88,11 +95,14 @@ class Binding(Protocol):
         """
         ...
 
-    def forward(self, token_ids: Tensor, plan: Plan, store: AnyStore, *, regime: Regime) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, plan: Plan, store: AnyStore, *, regime: Regime, media: Sequence[Media | None] = ()
+    ) -> Tensor:
         """Run one ragged row: write its keys and values into the store, read by the plan.
 
         Args:
             token_ids: int64[tokens].
+            media: of each sequence of the plan; may be left out where all is text.
 
         Returns:
             logits, float[n, vocab], of the plan's `logit_rows`.
@@ -104,7 +114,13 @@ class Binding(Protocol):
         ...
 
     def forward_uncached(
-        self, token_ids: Tensor, *, last: int | None = 1, regime: Regime | None = None, source: Source | None = None
+        self,
+        token_ids: Tensor,
+        *,
+        last: int | None = 1,
+        regime: Regime | None = None,
+        source: Source | None = None,
+        media: Media | None = None,
     ) -> Tensor:
         """Whole sequences, computed anew: nothing is read from a cache, nothing is kept.
 
@@ -113,6 +129,7 @@ class Binding(Protocol):
             last: of how many last tokens logits are wanted; None for all.
             regime: by default that of the length.
             source: what all the sequences are decoded from; an encoder reads it anew each time.
+            media: what all the sequences show.
 
         Returns:
             logits, float[batch, last, vocab].
@@ -120,7 +137,13 @@ class Binding(Protocol):
         ...
 
     def forward_own(
-        self, token_ids: Tensor, *, last: int | None = 1, regime: Regime | None = None, source: Source | None = None
+        self,
+        token_ids: Tensor,
+        *,
+        last: int | None = 1,
+        regime: Regime | None = None,
+        source: Source | None = None,
+        media: Media | None = None,
     ) -> Tensor:
         """The same by the model's own forward: the independent reference. See `forward_uncached`."""
         ...

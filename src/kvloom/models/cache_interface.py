@@ -9,7 +9,7 @@ with transformers' own cache.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ from kvloom.models.binding import Regime
 from kvloom.models.dense import DenseBatch, run_dense, run_order
 from kvloom.models.encoder import Encoded
 from kvloom.models.hosted import WINDOW_FIELDS, HostedModel
+from kvloom.models.media import Media
 from kvloom.models.probe import PROBE_TOKENS, AttentionCall
 from kvloom.models.step_cache import step_cache
 
@@ -51,7 +52,9 @@ class CacheInterfaceBinding(HostedModel):
         self.calls = self._trial()
 
     @torch.no_grad()
-    def forward(self, token_ids: Tensor, plan: Plan, store: AnyStore, *, regime: Regime) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, plan: Plan, store: AnyStore, *, regime: Regime, media: Sequence[Media | None] = ()
+    ) -> Tensor:
         """One pass for each set of rows of equal lengths; logits in the order of the plan."""
         kept = in_own_dtype(store)
         with self._lock, self._rotary.fixed(regime), self._packed():

@@ -23,6 +23,7 @@ from kvloom.errors import UnsupportedModel
 from kvloom.models.binding import Regime
 from kvloom.models.callable import CallableBinding
 from kvloom.models.dense import DenseBatch, run_dense, run_order
+from kvloom.models.media import Media
 from kvloom.models.probe import AttentionCall
 from kvloom.models.step_cache import step_cache
 
@@ -119,7 +120,9 @@ class CachedCallableBinding(CallableBinding):
         return run_order(plan)
 
     @torch.no_grad()
-    def forward(self, token_ids: Tensor, plan: Plan, store: AnyStore, *, regime: Regime) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, plan: Plan, store: AnyStore, *, regime: Regime, media: Sequence[Media | None] = ()
+    ) -> Tensor:
         """One call for each set of rows of equal lengths; logits in the order of the plan."""
         kept = in_own_dtype(store)
         return run_dense(plan, self.device, lambda batch: self._run(token_ids[batch.rows], batch, kept))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,8 +14,10 @@ from kvloom.errors import UnsupportedModel
 from kvloom.models.binding import Regime
 from kvloom.models.encoder import Encoder
 from kvloom.models.identity import Identity
+from kvloom.models.media import Media
 from kvloom.models.operations import Operation
 from kvloom.models.source import Source
+from kvloom.models.vision import Vision
 
 
 class CallableBinding:
@@ -32,6 +34,7 @@ class CallableBinding:
     layers: tuple[LayerShape, ...] = ()
     shows_attention = False
     encoder: Encoder | None = None
+    vision: Vision | None = None
 
     def __init__(
         self,
@@ -68,7 +71,9 @@ class CallableBinding:
         """Refused: what a callable does with positions cannot be seen."""
         raise UnsupportedModel("a callable does not show its attention")
 
-    def forward(self, token_ids: Tensor, plan: Plan, store: AnyStore, *, regime: Regime) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, plan: Plan, store: AnyStore, *, regime: Regime, media: Sequence[Media | None] = ()
+    ) -> Tensor:
         """Never called: a binding without layers has no plan."""
         raise AssertionError("a callable has no cached forward; the engine must use forward_uncached")
 
@@ -78,7 +83,13 @@ class CallableBinding:
 
     @torch.no_grad()
     def forward_uncached(
-        self, token_ids: Tensor, *, last: int | None = 1, regime: Regime | None = None, source: Source | None = None
+        self,
+        token_ids: Tensor,
+        *,
+        last: int | None = 1,
+        regime: Regime | None = None,
+        source: Source | None = None,
+        media: Media | None = None,
     ) -> Tensor:
         """Call the function and check the shape of what it returns."""
         logits = self._function(token_ids)
@@ -92,7 +103,13 @@ class CallableBinding:
         return logits if last is None else logits[:, -last:]
 
     def forward_own(
-        self, token_ids: Tensor, *, last: int | None = 1, regime: Regime | None = None, source: Source | None = None
+        self,
+        token_ids: Tensor,
+        *,
+        last: int | None = 1,
+        regime: Regime | None = None,
+        source: Source | None = None,
+        media: Media | None = None,
     ) -> Tensor:
         """The function is all there is."""
         return self.forward_uncached(token_ids, last=last, regime=regime)

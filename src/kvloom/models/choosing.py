@@ -8,6 +8,7 @@ from kvloom.errors import AttachMismatch, KVLoomError, UnsupportedModel
 from kvloom.models.attention_interface import AttentionInterfaceBinding
 from kvloom.models.cache_interface import CacheInterfaceBinding
 from kvloom.models.hosted import HostedModel
+from kvloom.models.imagecheck import prove_images
 from kvloom.models.selfcheck import prove
 
 
@@ -38,6 +39,7 @@ def _bound(kind: type[HostedModel], model: PreTrainedModel, proving: bool) -> Ho
         binding = kind(model)
         if proving:
             prove(binding)
+            prove_images(binding)
         return binding
     except KVLoomError:
         raise

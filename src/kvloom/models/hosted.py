@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,12 +21,15 @@ from kvloom.errors import UnsupportedModel
 from kvloom.models.binding import Regime
 from kvloom.models.encoder import Encoder
 from kvloom.models.identity import Identity, identify
+from kvloom.models.media import Media
 from kvloom.models.operations import Operation, linear_operations
 from kvloom.models.packed import PackedLinears
 from kvloom.models.packings import choose_packing
 from kvloom.models.probe import AttentionCall
 from kvloom.models.rotary import RotaryRegimes
+from kvloom.models.showing import Showing, fresh_rotary_deltas
 from kvloom.models.source import Source
+from kvloom.models.vision import Vision
 
 MOST_ROWS = 4_096
 """More new tokens than a step ever has."""
@@ -40,6 +44,8 @@ class HostedModel(ABC):
     Attributes:
         encoder: what reads the source of an encoder-decoder model; None for a causal model.
         calls: the attention modules that keep keys and values, in the order of `layers`.
+        vision: how the model takes images; None if it takes none.
+        showing: hands images to it; None likewise.
         reason: why a faster binding does not serve; None for the fastest.
 
     Raises:
@@ -49,6 +55,8 @@ class HostedModel(ABC):
     name: str
     calls: tuple[AttentionCall, ...]
     reason: str | None = None
+    vision: Vision | None = None
+    showing: Showing | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -145,7 +153,9 @@ class HostedModel(ABC):
         return self._rotary.regime(tokens)
 
     @abstractmethod
-    def forward(self, token_ids: Tensor, plan: Plan, store: AnyStore, *, regime: Regime) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, plan: Plan, store: AnyStore, *, regime: Regime, media: Sequence[Media | None] = ()
+    ) -> Tensor:
         """Run one ragged row on the cache; see `Binding`."""
 
     @property
@@ -162,27 +172,45 @@ class HostedModel(ABC):
         return list(range(plan.tokens))
 
     def forward_uncached(
-        self, token_ids: Tensor, *, last: int | None = 1, regime: Regime | None = None, source: Source | None = None
+        self,
+        token_ids: Tensor,
+        *,
+        last: int | None = 1,
+        regime: Regime | None = None,
+        source: Source | None = None,
+        media: Media | None = None,
     ) -> Tensor:
         """Whole sequences, computed anew."""
-        return self.forward_own(token_ids, last=last, regime=regime, source=source)
+        return self.forward_own(token_ids, last=last, regime=regime, source=source, media=media)
 
     @torch.no_grad()
     def forward_own(
-        self, token_ids: Tensor, *, last: int | None = 1, regime: Regime | None = None, source: Source | None = None
+        self,
+        token_ids: Tensor,
+        *,
+        last: int | None = 1,
+        regime: Regime | None = None,
+        source: Source | None = None,
+        media: Media | None = None,
     ) -> Tensor:
-        """The model's own forward, its own attention and encoder: what everything else is compared with."""
+        """The model's own forward, its own attention and encoders: what everything else is compared with."""
         keep = {"logits_to_keep": last or 0} if self._keeps_logits else {}
         fixed = self.regime(token_ids.shape[1]) if regime is None else regime
-        own = token_ids.to(self.device)
-        if self.encoder is None:
-            inputs = {"input_ids": own}
-        else:
-            assert source is not None, "a decoder that attends to a source needs one"
-            inputs = {"decoder_input_ids": own, **self.encoder.inputs(source, rows=own.shape[0])}
-        with self._lock, self._rotary.fixed(fixed):
+        inputs_of = self._own_inputs(token_ids.to(self.device), source, media)
+        with self._lock, self._rotary.fixed(fixed), fresh_rotary_deltas(self.model), inputs_of as inputs:
             logits: Tensor = self.model(**inputs, use_cache=False, **keep).logits
         return logits if last is None else logits[:, -last:]
+
+    def _own_inputs(
+        self, token_ids: Tensor, source: Source | None, media: Media | None
+    ) -> AbstractContextManager[dict[str, Any]]:
+        """What the model's own forward is handed; pixels where there are images."""
+        if self.encoder is not None:
+            assert source is not None, "a decoder that attends to a source needs one"
+            return nullcontext({"decoder_input_ids": token_ids, **self.encoder.inputs(source, rows=token_ids.shape[0])})
+        if self.showing is not None and media is not None:
+            return self.showing.whole(token_ids, media)
+        return nullcontext({"input_ids": token_ids})
 
     @torch.no_grad()
     def encode(self, source: Source, store: AnyStore, slots: Tensor) -> None:
@@ -214,6 +242,8 @@ class HostedModel(ABC):
 
     def detach(self) -> None:
         """Put back weights that were given up; else, between two of our forward passes the model is its owner's."""
+        if self.showing is not None:
+            self.showing.features.clear()
         if self.packed is not None:
             with self._lock:
                 self.packed.restore()

@@ -24,6 +24,7 @@ from kvloom.cache import CachedSequence, CacheLayout, KVCache, place_source
 from kvloom.errors import AttachMismatch, UnsupportedModel
 from kvloom.models.binding import Binding, Regime
 from kvloom.models.hosted import MOST_ROWS, WINDOW_FIELDS, HostedModel
+from kvloom.models.media import Media
 from kvloom.models.probe import AttentionCall
 from kvloom.models.source import Source
 
@@ -79,9 +80,22 @@ def prove(binding: Provable) -> float:
         subject = _with_small_windows(binding)
     sequences = _random_sequences(subject, tokens)
     regime = subject.regime(tokens)
-    own = [_run_uncached(subject, sequence, regime) for sequence in sequences]
-    cached = _run_cached(subject, sequences, own)
-    return max(_compare(subject, *traces) for traces in zip(own, cached, strict=True))
+    return compare_runs(subject, sequences, regime=regime, chunk=len(sequences[0].token_ids) // 2 + 1)
+
+
+def compare_runs(binding: Provable, sequences: list[CheckedSequence], *, regime: Regime, chunk: int) -> float:
+    """The schedule of the check on the cache, against the model's own forward; returns the largest relative error.
+
+    Args:
+        sequences: a long one, a shorter one, and a fork of the long one that differs in its last two tokens.
+        chunk: the first chunk of the long one.
+
+    Raises:
+        AttachMismatch: with the first layer that differs beyond the tolerance.
+    """
+    own = [_run_uncached(binding, sequence, regime) for sequence in sequences]
+    cached = _run_cached(binding, sequences, own, chunk)
+    return max(_compare(binding, *traces) for traces in zip(own, cached, strict=True))
 
 
 def check_bytes(binding: HostedModel) -> int:
@@ -97,14 +111,15 @@ def check_bytes(binding: HostedModel) -> int:
 
 
 @dataclass(frozen=True)
-class _Sequence:
-    """Token ids, and what they are decoded from where there is an encoder."""
+class CheckedSequence:
+    """Token ids, what they are decoded from where there is an encoder, and what they show."""
 
     token_ids: list[int]
-    source: Source | None
+    source: Source | None = None
+    media: Media | None = None
 
 
-def _random_sequences(binding: Provable, tokens: int) -> list[_Sequence]:
+def _random_sequences(binding: Provable, tokens: int) -> list[CheckedSequence]:
     """A long sequence, a shorter one, and a fork of the long one with an ending of its own."""
     generator = torch.Generator().manual_seed(20_26)
     long, short, ending = (
@@ -115,21 +130,20 @@ def _random_sequences(binding: Provable, tokens: int) -> list[_Sequence]:
     if binding.encoder is not None:
         sources = [binding.encoder.random_source(generator, tokens=count) for count in SOURCE_TOKENS]
     fork = long[:-DECODED_TOKENS] + ending
-    return [_Sequence(own, sources[index]) for own, index in ((long, 0), (short, 1), (fork, 0))]
+    return [CheckedSequence(own, sources[index]) for own, index in ((long, 0), (short, 1), (fork, 0))]
 
 
-def _run_cached(binding: Provable, sequences: list[_Sequence], own: list[_Trace]) -> list[_Trace]:
+def _run_cached(binding: Provable, sequences: list[CheckedSequence], own: list[_Trace], chunk: int) -> list[_Trace]:
     """The schedule of the check: chunk and whole, chunk, fork, two decode steps of three rows."""
     long, short, fork = (sequence.token_ids for sequence in sequences)
     longest = max((own.source.tokens for own in sequences if own.source), default=0)
     layout = CacheLayout(layers=binding.layers, dtype=binding.dtype, block_tokens=BLOCK_TOKENS)
-    blocks = max(64, 2 * layout.blocks_of(longest))
+    blocks = max(64, 2 * layout.blocks_of(longest), sum(layout.blocks_of(len(own.token_ids)) + 2 for own in sequences))
     cache = KVCache(layout, budget_bytes=layout.bytes_per_row_of_blocks * blocks, device=binding.device)
     runner = _Runner(binding, cache, sequences, own)
     a, b = runner.open(0), runner.open(1)
-    middle = len(long) // 2 + 1
-    runner.step([(0, a, middle), (1, b, len(short) - DECODED_TOKENS)])
-    runner.step([(0, a, len(long) - DECODED_TOKENS - middle)])
+    runner.step([(0, a, chunk), (1, b, len(short) - DECODED_TOKENS)])
+    runner.step([(0, a, len(long) - DECODED_TOKENS - chunk)])
     c = cache.fork(a)
     runner.copy_trace(source=0, target=2)
     for _ in range(DECODED_TOKENS):
@@ -141,7 +155,7 @@ def _run_cached(binding: Provable, sequences: list[_Sequence], own: list[_Trace]
 class _Runner:
     """Runs steps on the cache and files every row under its sequence."""
 
-    def __init__(self, binding: Provable, cache: KVCache, sequences: list[_Sequence], own: list[_Trace]) -> None:
+    def __init__(self, binding: Provable, cache: KVCache, sequences: list[CheckedSequence], own: list[_Trace]) -> None:
         self._binding = binding
         self._cache = cache
         self._sequences = sequences
@@ -173,6 +187,7 @@ class _Runner:
                 plan,
                 self._cache.store,
                 regime=self._regime,
+                media=[self._sequences[index].media for index, *_ in requests],
             )
         self._cache.commit(extension)
         first = 0
@@ -188,10 +203,10 @@ class _Runner:
         return [_Trace({name: torch.cat(parts) for name, parts in rows.items()}) for rows in self._rows]
 
 
-def _run_uncached(binding: Provable, sequence: _Sequence, regime: Regime) -> _Trace:
+def _run_uncached(binding: Provable, sequence: CheckedSequence, regime: Regime) -> _Trace:
     token_ids = torch.tensor([sequence.token_ids], device=binding.device)
     with _recorded(binding) as rows:
-        logits = binding.forward_own(token_ids, last=None, regime=regime, source=sequence.source)
+        logits = binding.forward_own(token_ids, last=None, regime=regime, source=sequence.source, media=sequence.media)
         rows[LOGITS] = logits[0]
     return _Trace(rows)
 

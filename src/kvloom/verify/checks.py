@@ -20,8 +20,8 @@ from kvloom.engine import Engine
 from kvloom.engine.planner import worst_case_blocks
 from kvloom.errors import InvalidRequest, NumericalError
 from kvloom.models import Binding
-from kvloom.prompts import read_prompts
-from kvloom.sources import Prompt, read_sources
+from kvloom.prompts import Prompt, PromptReader
+from kvloom.sources import read_sources
 from kvloom.verify.compare import Comparison, Decoded, Watch, compare_beams, compare_sequences, worst
 from kvloom.verify.lossy import SHARE_OF_COST, chosen_from, compare_hypotheses, cost_of, cost_of_all, recompute
 from kvloom.verify.report import Check, Cost, Report
@@ -63,6 +63,7 @@ def verify(
     make: Callable[[Engine], Decodes],
     engine: Engine,
     tokenizer: Any,
+    reader: PromptReader,
     *,
     prompts: Any = None,
     max_new_tokens: int | None = None,
@@ -80,7 +81,7 @@ def verify(
     began = time.perf_counter()
     binding = engine.binding
     shape = _shape(engine, max_new_tokens)
-    read = _read(prompts, tokenizer, binding, shape, seed)
+    read = _read(prompts, tokenizer, reader, binding, shape, seed)
     checks: tuple[Check, ...] = ()
     told: str | None = None
     cost: Cost | None = None
@@ -125,11 +126,13 @@ def _shape(engine: Engine, max_new_tokens: int | None) -> Shape:
     return Shape(new_tokens=new_tokens, longest_prompt=longest, block_tokens=block_tokens)
 
 
-def _read(prompts: Any, tokenizer: Any, binding: Binding, shape: Shape, seed: int) -> list[Prompt]:
+def _read(
+    prompts: Any, tokenizer: Any, reader: PromptReader, binding: Binding, shape: Shape, seed: int
+) -> list[Prompt]:
     """The prompts to be decoded. Of an encoder-decoder model they are sources, each behind some random tokens."""
     if binding.encoder is None:
         if prompts is not None:
-            return [Prompt(own) for own in read_prompts(prompts, tokenizer, vocab_size=binding.vocab_size).token_ids]
+            return reader.read_all(prompts)[0]
         return [Prompt(own) for own in choose_prompts(tokenizer, vocab_size=binding.vocab_size, shape=shape, seed=seed)]
     begun = choose_prompts(None, vocab_size=binding.vocab_size, shape=shape, seed=seed)
     if prompts is None:
@@ -188,11 +191,10 @@ class _Runs:
         first = len(prompt.token_ids)
         alike = all(binding.regime(tokens) == binding.regime(len(whole)) for tokens in range(first, len(whole)))
         passes = [(len(whole), new)] if alike else [(first + step, 1) for step in range(new)]
+        ids = [torch.tensor([whole[:tokens]], device=binding.device) for tokens, _ in passes]
         rows = [
-            binding.forward_own(torch.tensor([whole[:tokens]], device=binding.device), last=last, source=prompt.source)[
-                0
-            ]
-            for tokens, last in passes
+            binding.forward_own(own, last=last, source=prompt.source, media=prompt.media)[0]
+            for own, (_, last) in zip(ids, passes, strict=True)
         ]
         logits = torch.cat(rows).float().cpu()
         chosen = logits.argmax(dim=-1)
@@ -258,9 +260,9 @@ class _Runs:
     ) -> list[list[Decoded]]:
         """Decode, and keep numbers only: a `Generation` would keep its cache alive."""
         fixed: dict[str, Any] = {"max_new_tokens": self.shape.new_tokens, "eos_token_id": None, "output_logits": True}
-        passed: list[Any] = [own.token_ids for own in prompts]
+        passed: list[Any] = list(prompts)
         if self._engine.binding.encoder is not None:
-            fixed["decoder_input_ids"] = passed
+            fixed["decoder_input_ids"] = [own.token_ids for own in prompts]
             passed = [own.source.token_ids or own.source.inputs for own in prompts if own.source is not None]
         try:
             results = call(passed, **fixed, **options)
