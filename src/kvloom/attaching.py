@@ -17,6 +17,7 @@ from kvloom.model import LanguageModel
 from kvloom.models import Binding, CachedCallableBinding, CallableBinding, HostedModel, bind
 from kvloom.models.cached_callable import speaks_cache_protocol
 from kvloom.models.selfcheck import prove
+from kvloom.models.x_transformers import bind_wrapper, x_transformers_class
 
 
 def load(
@@ -123,14 +124,15 @@ def _bind(
     # PEFT wraps a model of transformers, into which it has put its adapters.
     wrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
     if isinstance(wrapped, PreTrainedModel):
-        for name, value in {"vocab_size": vocab_size, "max_tokens": max_tokens, "device": device}.items():
-            if value is not None:
-                raise InvalidRequest(f"`{name}` is for callables; a transformers model knows its own.")
+        _refuse_given("a transformers model", vocab_size=vocab_size, max_tokens=max_tokens, device=device)
         return _bind_transformers(wrapped, exclusive=exclusive)
     if not callable(model):
         raise UnsupportedModel(f"a {type(model).__name__} is neither a transformers model nor callable.")
     if exclusive:
-        raise InvalidRequest("`exclusive` is for transformers models; the weights of a callable cannot be seen.")
+        raise InvalidRequest("`exclusive` is for transformers models: only their linear layers are packed.")
+    if x_transformers_class(model) is not None:
+        _refuse_given("a model of x-transformers", vocab_size=vocab_size, max_tokens=max_tokens, device=device)
+        return bind_wrapper(model)
     if speaks_cache_protocol(model):
         cached = CachedCallableBinding(model, vocab_size=vocab_size, max_tokens=max_tokens, device=device or "cpu")
         prove(cached)
@@ -138,6 +140,12 @@ def _bind(
     if vocab_size is None:
         raise InvalidRequest("a callable f(token_ids) -> logits needs `vocab_size`.")
     return CallableBinding(model, vocab_size=vocab_size, max_tokens=max_tokens, device=device or "cpu")
+
+
+def _refuse_given(kind: str, **given: Any) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise InvalidRequest(f"`{name}` is for callables; {kind} knows its own.")
 
 
 def _bind_transformers(model: PreTrainedModel, *, exclusive: bool) -> HostedModel:
