@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import kvloom
-from kvloom import InvalidRequest, LanguageModel, UnsupportedModel
+from kvloom import CacheFull, CacheMismatch, EmbeddingModel, InvalidRequest, LanguageModel, UnsupportedModel
+from kvloom.errors import ContextClosed
 
 x_transformers = pytest.importorskip("x_transformers", reason="x-transformers is not installed")
 
@@ -112,3 +114,134 @@ def test_other_parts_of_the_package_and_arguments_of_callables_are_refused() -> 
         kvloom.attach(model, vocab_size=VOCABULARY)
     with pytest.raises(UnsupportedModel, match="training mode"):
         kvloom.attach(model.train())
+
+
+# ---- embeddings to hidden states ---------------------------------------------------------------------------------
+
+
+def decoder(**options: Any) -> Any:
+    torch.manual_seed(4)
+    plain = {"dim": 48, "depth": 2, "heads": 4, "attn_dim_head": 16, "rotary_pos_emb": True}
+    return x_transformers.Decoder(**{**plain, **options}).eval()
+
+
+def inputs(batch: int = 3, tokens: int = 10, dim: int = 48, seed: int = 0) -> Tensor:
+    return torch.randn((batch, tokens, dim), generator=torch.Generator().manual_seed(seed))
+
+
+def held_blocks(em: EmbeddingModel) -> list[int]:
+    return [em.cache.blocks - group.pool.free for group in em.cache.groups]
+
+
+def test_a_decoder_with_cross_attention_driven_step_by_step_equals_the_full_pass() -> None:
+    model = decoder(dim=128, depth=4, heads=4, cross_attend=True, attn_flash=True, attn_dim_head=64)
+    em = kvloom.attach(model)
+    x, encoded = inputs(dim=128), inputs(dim=128, seed=1)
+    with torch.no_grad():
+        full = model(x, context=encoded)
+    for again in (True, False):  # the encoder's outputs may be passed in each step, or in the first only
+        context, rows = None, []
+        for token in range(10):
+            given = encoded if again or token == 0 else None
+            out = em.extend(context, x[:, token : token + 1], encoder_outputs=given)
+            context = out.context
+            rows.append(out.outputs)
+        torch.testing.assert_close(torch.cat(rows, dim=1), full, atol=1e-5, rtol=0)
+        assert (context.tokens, context.batch, context.source_tokens) == (10, 3, 10)
+
+
+@pytest.mark.parametrize("options", [{}, {"attn_flash": True}, {"alibi_pos_bias": True, "rotary_pos_emb": False}])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_chunks_of_any_size_equal_the_full_pass(options: dict[str, Any], batch: int) -> None:
+    model = decoder(**options)
+    em = kvloom.attach(model, block_tokens=4)
+    x = inputs(batch, 23)
+    with torch.no_grad():
+        full = model(x)
+    context, rows = None, []
+    for chunk in x.split([6, 1, 9, 7], dim=1):
+        out = em.extend(context, chunk, start=0 if context is None else context.tokens)
+        context = out.context
+        rows.append(out.outputs)
+    torch.testing.assert_close(torch.cat(rows, dim=1), full, atol=1e-5, rtol=0)
+
+
+def test_contexts_are_immutable_shared_by_forks_and_freed_when_dropped() -> None:
+    model = decoder(cross_attend=True)
+    em = kvloom.attach(model, block_tokens=4)
+    x, y, encoded = inputs(), inputs(seed=2), inputs(tokens=7, seed=1)
+    prefix = em.extend(None, x[:, :6], encoder_outputs=encoded).context
+    assert held_blocks(em) == [3 * 2, 3 * 2]
+    fork = prefix.fork()
+    assert held_blocks(em) == [3 * 2, 3 * 2], "a fork shares what it forks"
+    for own, context in ((x, prefix), (y, fork), (x, prefix)):
+        whole = torch.cat([x[:, :6], own[:, 6:]], dim=1)
+        with torch.no_grad():
+            full = model(whole, context=encoded)
+        out = em.extend(context, own[:, 6:])
+        torch.testing.assert_close(out.outputs, full[:, 6:], atol=1e-5, rtol=0)
+        assert context.tokens == 6 and out.context.tokens == 10
+    assert held_blocks(em)[1] == 3 * 2, "the encoder's outputs are kept once, whatever continues them"
+    del prefix, context
+    fork.close()
+    out = em.extend(out.context, x[:, :1])
+    del out
+    assert held_blocks(em) == [0, 0]
+    with pytest.raises(ContextClosed, match="was closed"):
+        em.extend(fork, x[:, :1])
+
+
+def test_a_wrong_slice_of_input_is_an_error_that_says_what_to_pass() -> None:
+    em = kvloom.attach(decoder(cross_attend=True))
+    x, encoded = inputs(), inputs(seed=1)
+    context = em.extend(None, x[:, :6], encoder_outputs=encoded).context
+    held = held_blocks(em)
+    wrong: list[tuple[type[Exception], str, tuple[Any, Tensor], dict[str, Any]]] = [
+        (CacheMismatch, r"begin with all 6 .* Pass inputs\[:, 6:\]", (context, x), {}),
+        (CacheMismatch, r"start at position 6.*start=0", (context, x), {"start": 0}),
+        (CacheMismatch, "holds 3 sequences, and the new tokens are of 2", (context, x[:2, 6:]), {}),
+        (CacheMismatch, "not those that the context was begun with", (context, x[:, 6:]), {"encoder_outputs": x}),
+        (InvalidRequest, r"shape \[batch, tokens, 48\].*got \[3, 48\]", (context, x[:, 6]), {}),
+        (InvalidRequest, r"shape \[batch, tokens, 48\].*got \[3, 4, 47\]", (context, x[:, 6:, 1:]), {}),
+        (InvalidRequest, r"none of them 0; got \[3, 0, 48\]", (context, x[:, 10:]), {}),
+        (InvalidRequest, "must be torch.float32", (context, x[:, 6:].double()), {}),
+        (InvalidRequest, "pass `encoder_outputs`", (None, x), {}),
+        (InvalidRequest, "must be of 3 sequences", (None, x), {"encoder_outputs": encoded[:2]}),
+        (InvalidRequest, "Pass its `.context`", (em.extend(context, x[:, 6:]), x), {}),
+    ]
+    for kind, message, (given, embeddings), options in wrong:
+        with pytest.raises(kind, match=message):
+            em.extend(given, embeddings, **options)
+    wrong.clear()
+    del given
+    assert held_blocks(em) == held, "bad input leaks nothing"
+    repeated = em.extend(context, x, start=6)
+    assert repeated.context.tokens == 16, "a repetition that is meant is said so by `start`"
+
+
+def test_a_full_cache_and_changed_weights_are_said_and_leave_everything_as_it_was() -> None:
+    model = decoder()
+    em = kvloom.attach(model, budget_bytes=16_384 * 6, block_tokens=16)
+    x = inputs(2, 16)
+    context = em.extend(None, x).context
+    held = held_blocks(em)
+    with pytest.raises(CacheFull, match="Drop contexts, or attach with a larger budget_bytes"):
+        em.extend(context, inputs(2, 200))
+    assert held_blocks(em) == held
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    with pytest.raises(CacheMismatch, match="weights were changed"):
+        em.extend(context, x[:, :1])
+    model.train()
+    with pytest.raises(UnsupportedModel, match="training mode"):
+        em.extend(None, x)
+
+
+def test_decoders_that_cannot_be_cached_and_options_of_language_models_are_refused() -> None:
+    for options, reason in (({"shift_tokens": 1}, "shift_tokens"), ({"attn_orthog_projected_values": True}, "differs")):
+        with pytest.raises(UnsupportedModel, match=reason):
+            kvloom.attach(decoder(**options))
+    with pytest.raises(UnsupportedModel, match="not causal"):
+        kvloom.attach(x_transformers.Encoder(dim=48, depth=1, heads=2).eval())
+    with pytest.raises(InvalidRequest, match="a bare decoder reads embeddings"):
+        kvloom.attach(decoder(), max_tokens=5)
