@@ -232,6 +232,8 @@ def test_a_full_cache_and_changed_weights_are_said_and_leave_everything_as_it_wa
         next(model.parameters()).mul_(2)
     with pytest.raises(CacheMismatch, match="weights were changed"):
         em.extend(context, x[:, :1])
+    context.close()
+    assert held_blocks(em) == [0], "what failed holds nothing"
     model.train()
     with pytest.raises(UnsupportedModel, match="training mode"):
         em.extend(None, x)

@@ -161,7 +161,7 @@ class DecoderBinding:
         begun = self.extend(cache, sequences, embeddings[:, : CHECK_CHUNKS[0]], source)
         forks = [cache.fork(sequence) for sequence in sequences]
         for inputs, held in ((embeddings, sequences), (other, forks)):
-            parts = torch.split(inputs, CHECK_CHUNKS, dim=1)[1:]
+            parts = torch.split(inputs, list(CHECK_CHUNKS), dim=1)[1:]
             got = torch.cat([begun, *(self.extend(cache, held, part, None) for part in parts)], dim=1).float()
             expected = self.forward_own(inputs, source).float()
             error = float(((got - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-12)).max())
