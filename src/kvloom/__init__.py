@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kvloom.attaching import attach, load
     from kvloom.cache.retention import CompressedPrompt, HeavyHitters, LastQuery, SinkWindow, TopBlocks
     from kvloom.context import Context
+    from kvloom.embeddings import Embedded, EmbeddingContext, EmbeddingModel
     from kvloom.engine import Usage
     from kvloom.model import LanguageModel
     from kvloom.models import PagedCache
@@ -43,6 +44,9 @@ __all__ = [
     "CacheMismatch",
     "CompressedPrompt",
     "Context",
+    "Embedded",
+    "EmbeddingContext",
+    "EmbeddingModel",
     "Extended",
     "Generation",
     "HeavyHitters",
@@ -74,6 +78,9 @@ __all__ = [
 _LATE = {
     "CompressedPrompt": "cache.retention",
     "Context": "context",
+    "Embedded": "embeddings",
+    "EmbeddingContext": "embeddings",
+    "EmbeddingModel": "embeddings",
     "Extended": "results",
     "Generation": "results",
     "HeavyHitters": "cache.retention",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Protocol, overload
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from kvloom.cache import Codec, check_codec
 from kvloom.cache.retention import Retention, TopBlocks
+from kvloom.embeddings import EmbeddingModel
 from kvloom.engine import Engine
 from kvloom.engine.retaining import check_policy, settle
 from kvloom.errors import InvalidRequest, UnsupportedModel
@@ -18,6 +19,8 @@ from kvloom.model import LanguageModel
 from kvloom.models import Binding, CachedCallableBinding, CallableBinding, HostedModel, bind
 from kvloom.models.cached_callable import speaks_cache_protocol
 from kvloom.models.selfcheck import prove
+from kvloom.models.x_decoder import DecoderBinding
+from kvloom.models.x_transformers import bind_wrapper, is_of, x_transformers_class
 
 
 def load(
@@ -66,6 +69,24 @@ def load(
     )
 
 
+class BareDecoder(Protocol):
+    """Attention layers of x-transformers without embeddings and logits around them."""
+
+    causal: bool
+    cross_attend: bool
+
+
+@overload
+def attach(
+    model: BareDecoder,
+    *,
+    budget_bytes: int | None = None,
+    block_tokens: int = 16,
+    threads: int | None = None,
+) -> EmbeddingModel: ...
+
+
+@overload
 def attach(
     model: Any,
     tokenizer: Any = None,
@@ -79,14 +100,31 @@ def attach(
     retention: Retention | None = None,
     threads: int | None = None,
     exclusive: bool = False,
-) -> LanguageModel:
+) -> LanguageModel: ...
+
+
+def attach(
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    vocab_size: int | None = None,
+    max_tokens: int | None = None,
+    device: torch.device | str | None = None,
+    budget_bytes: int | None = None,
+    block_tokens: int = 16,
+    codec: Codec = "native",
+    retention: Retention | None = None,
+    threads: int | None = None,
+    exclusive: bool = False,
+) -> Any:
     """Decode a model that you hold. The model stays yours: your own calls of it give what they gave before.
 
     Args:
         model: a language model of transformers, causal or encoder-decoder; a callable f(token_ids[B, S],
             past_key_values=..., use_cache=True) that returns `.logits` and `.past_key_values`; or any callable
             f(token_ids[B, S]) -> logits[B, S, V], which is decoded without a cache. `lm.binding.name` says how it was
-            attached, and `lm.binding.reason` why not faster.
+            attached, and `lm.binding.reason` why not faster. Of x-transformers a `TransformerWrapper`, or a bare
+            `Decoder`, which gives an `EmbeddingModel` in place of a `LanguageModel`.
         tokenizer: needed for text prompts and for text results. Of an image-text model pass its processor, which
             holds the tokenizer and turns images into the model's inputs.
         vocab_size, max_tokens, device: of a callable; a model knows its own.
@@ -106,6 +144,13 @@ def attach(
     _check_sizes(budget_bytes=budget_bytes, block_tokens=block_tokens, threads=threads, max_tokens=max_tokens)
     check_policy(retention)
     check_codec(codec)
+    if is_of(model, "AttentionLayers"):
+        asked = {"tokenizer": tokenizer, "vocab_size": vocab_size, "max_tokens": max_tokens, "device": device}
+        asked |= {"codec": None if codec == "native" else codec, "retention": retention, "exclusive": exclusive or None}
+        _refuse_given("for models that read token ids; a bare decoder reads embeddings", **asked)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return EmbeddingModel(DecoderBinding(model), budget_bytes=budget_bytes, block_tokens=block_tokens)
     binding = _bind(model, vocab_size=vocab_size, max_tokens=max_tokens, device=device, exclusive=exclusive)
     processor = None
     if isinstance(tokenizer, ProcessorMixin) and binding.encoder is None:
@@ -135,17 +180,19 @@ def _bind(
     device: torch.device | str | None,
     exclusive: bool,
 ) -> Binding:
+    of_callables = {"vocab_size": vocab_size, "max_tokens": max_tokens, "device": device}
     # PEFT wraps a model of transformers, into which it has put its adapters.
     wrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
     if isinstance(wrapped, PreTrainedModel):
-        for name, value in {"vocab_size": vocab_size, "max_tokens": max_tokens, "device": device}.items():
-            if value is not None:
-                raise InvalidRequest(f"`{name}` is for callables; a transformers model knows its own.")
+        _refuse_given("for callables; a transformers model knows its own", **of_callables)
         return _bind_transformers(wrapped, exclusive=exclusive)
     if not callable(model):
         raise UnsupportedModel(f"a {type(model).__name__} is neither a transformers model nor callable.")
     if exclusive:
-        raise InvalidRequest("`exclusive` is for transformers models; the weights of a callable cannot be seen.")
+        raise InvalidRequest("`exclusive` is for transformers models: only their linear layers are packed.")
+    if x_transformers_class(model) is not None:
+        _refuse_given("for callables; a model of x-transformers knows its own", **of_callables)
+        return bind_wrapper(model)
     if speaks_cache_protocol(model):
         cached = CachedCallableBinding(model, vocab_size=vocab_size, max_tokens=max_tokens, device=device or "cpu")
         prove(cached)
@@ -153,6 +200,12 @@ def _bind(
     if vocab_size is None:
         raise InvalidRequest("a callable f(token_ids) -> logits needs `vocab_size`.")
     return CallableBinding(model, vocab_size=vocab_size, max_tokens=max_tokens, device=device or "cpu")
+
+
+def _refuse_given(reason: str, **given: Any) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise InvalidRequest(f"`{name}` is {reason}.")
 
 
 def _bind_transformers(model: PreTrainedModel, *, exclusive: bool) -> HostedModel:

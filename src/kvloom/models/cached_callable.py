@@ -100,12 +100,7 @@ class CachedCallableBinding(CallableBinding):
 
     def fingerprint(self) -> bytes:
         """Digest of where the weights lie that can be seen, and how often they were written in place."""
-        digest = hashlib.blake2b(digest_size=16)
-        for module in _modules(self._cached_function):
-            for parameter in module.parameters():
-                writes = 0 if parameter.is_inference() else parameter._version
-                digest.update(f"{parameter.data_ptr()} {writes} ".encode())
-        return digest.digest()
+        return digest_of_writes(_modules(self._cached_function))
 
     def windows(self) -> set[int]:
         """None are known: the callable masks by itself."""
@@ -158,6 +153,16 @@ class CachedCallableBinding(CallableBinding):
         """Logits of whole sequences, without a cache."""
         logits: Tensor = self._cached_function(token_ids, past_key_values=None, use_cache=False).logits
         return logits
+
+
+def digest_of_writes(modules: Sequence[nn.Module]) -> bytes:
+    """Digest of where the weights of modules lie, and how often they were written in place."""
+    digest = hashlib.blake2b(digest_size=16)
+    for module in modules:
+        for parameter in module.parameters():
+            writes = 0 if parameter.is_inference() else parameter._version
+            digest.update(f"{parameter.data_ptr()} {writes} ".encode())
+    return digest.digest()
 
 
 def _form(past: Any) -> Callable[[tuple[tuple[Tensor, Tensor], ...]], Any]:
