@@ -311,7 +311,7 @@ def test_many_samples_share_a_prompt_as_natively(llama: LanguageModel) -> None:
 def test_verify_compares_what_must_be_equal_and_says_what_the_codec_costs(lm: LanguageModel) -> None:
     report = lm.verify(max_new_tokens=20)
     assert report.ok and report.codec == "int8"
-    assert {check.verdict for check in report.checks} == {"equal"}
+    assert {check.verdict for check in report.checks} <= {"equal", "bit-identical"}
     assert [check.reference for check in report.checks[:3]] == ["recomputed"] * 3
     assert report.cost is not None and 0 < report.cost.mean_divergence < 0.1
     assert "int8 costs, against the uncached model" in str(report)

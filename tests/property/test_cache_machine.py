@@ -186,7 +186,7 @@ class CacheMachine(RuleBasedStateMachine):
                     return multiple()
                 file.load(self.cache, cached)
         for table, original in zip(cached.tables, sequence.cached.tables, strict=True):
-            assert table.runs[:, 1:].tolist() == original.runs[:, 1:].tolist(), "the same runs, in other blocks"
+            assert positions_of(table) == positions_of(original), "the same tokens, in other blocks"
         self.live.append(copy := Sequence(cached, sequence.extra_key, list(sequence.history)))
         return copy
 
