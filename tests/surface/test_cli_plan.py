@@ -130,6 +130,8 @@ def test_a_folder_without_a_config_is_one_line(tmp_path: Path) -> None:
     assert "holds no config.json" in refusal(tmp_path)
 
 
-def test_an_encoder_decoder_config_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
-    assert "a t5 model is an encoder-decoder model, which is not supported yet" in refusal(tmp_path)
+def test_an_encoder_decoder_config_is_planned_with_its_source(tmp_path: Path) -> None:
+    tiny.tiny_config("t5").save_pretrained(tmp_path)
+    result = run(tmp_path, "--prompt-tokens", "4", "--max-new-tokens", "8", "--source-tokens", "20", "--num-beams", "4")
+    assert result.exit_code == 0, result.stderr
+    assert "cross-attention" in result.stdout

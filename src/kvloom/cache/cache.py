@@ -207,8 +207,8 @@ class KVCache:
 
     def commit(self, extension: Extension) -> None:
         """Accept an extension: full blocks are sealed, those that no later query can see are freed."""
-        for index, appends in enumerate(extension.appends):
-            for sequence, append in zip(extension.sequences, appends, strict=False):  # cross-attention has none
+        for index, appends in enumerate(extension.appends[: len(self.own_groups)]):
+            for sequence, append in zip(extension.sequences, appends, strict=True):
                 sequence.tables[index].seal(append)
         for sequence in extension.sequences:
             self.release_unseen(sequence)
