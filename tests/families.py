@@ -156,7 +156,8 @@ def build(family: Family) -> PreTrainedModel:
                 model = family.model_class._from_config(config, attn_implementation="eager")
                 tiny._draw_weights(model)
             model = model.float().eval().requires_grad_(False)
-            model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+            for name in ("eos_token_id", "pad_token_id", "forced_eos_token_id", "forced_bos_token_id"):
+                setattr(model.generation_config, name, None)
             logits = model(input_ids=torch.tensor([PROMPT]), use_cache=False).logits
             if logits.shape[:2] == (1, len(PROMPT)) and bool(logits.isfinite().all()):
                 return model
