@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kvloom.attaching import attach, load
     from kvloom.cache.retention import CompressedPrompt, HeavyHitters, LastQuery, SinkWindow, TopBlocks
     from kvloom.context import Context
+    from kvloom.dropin import generate
     from kvloom.engine import Usage
     from kvloom.model import LanguageModel
     from kvloom.models import PagedCache
@@ -65,6 +66,7 @@ __all__ = [
     "__version__",
     "attach",
     "errors",
+    "generate",
     "load",
     "plan",
 ]
@@ -91,6 +93,7 @@ _LATE = {
     "TopBlocks": "cache.retention",
     "Usage": "engine",
     "attach": "attaching",
+    "generate": "dropin",
     "load": "attaching",
     "plan": "planning",
 }

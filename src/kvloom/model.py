@@ -35,6 +35,13 @@ class LanguageModel:
     Options of decoding have the names, defaults and meaning of `transformers.GenerationConfig`; unset ones
     come from the model's generation config. KVLoom adds `seed` (of a request: the same seed gives the same
     text alone or in any batch), `output_logits`, `top_logprobs` and `presence_penalty`.
+
+    Attributes:
+        engine: the model and its cache.
+        tokenizer: of text prompts and texts; may be None.
+        generation_config: the model's own options.
+        retention: the policy of calls that name none.
+        calls: makes requests of calls.
     """
 
     def __init__(
@@ -48,7 +55,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.generation_config = generation_config
         self.retention = retention
-        self._calls = Calls(engine, tokenizer, generation_config, retention)
+        self.calls = Calls(engine, tokenizer, generation_config, retention)
 
     @property
     def binding(self) -> Binding:
@@ -110,7 +117,7 @@ class LanguageModel:
         asked = Asked(
             context, generation_config, logits_processor, stopping_criteria, options, retention, decoder_input_ids
         )
-        results, several = self._calls.decode(prompt, asked)
+        results, several = self.calls.decode(prompt, asked)
         shaped = [own[0] if len(own) == 1 else own for own in results]
         return shaped if several else shaped[0]
 
@@ -138,7 +145,7 @@ class LanguageModel:
         asked = Asked(
             context, generation_config, logits_processor, stopping_criteria, options, retention, decoder_input_ids
         )
-        results, several = self._calls.decode(prompt, asked)
+        results, several = self.calls.decode(prompt, asked)
         return results if several else results[0]
 
     def stream(
@@ -162,11 +169,11 @@ class LanguageModel:
         asked = Asked(
             context, generation_config, logits_processor, stopping_criteria, options, retention, decoder_input_ids
         )
-        requests, several = self._calls.requests(prompt, asked)
+        requests, several = self.calls.requests(prompt, asked)
         if several or requests[0].max_rows > 1:
             raise InvalidRequest("a stream has one prompt and one sequence: beams and batches use generate().")
-        self._calls.submit(requests)
-        return Stream(self.engine, self.tokenizer, self._calls, requests[0])
+        self.calls.submit(requests)
+        return Stream(self.engine, self.tokenizer, self.calls, requests[0])
 
     # ---- contexts ------------------------------------------------------------------------------------------
 
@@ -186,8 +193,8 @@ class LanguageModel:
             decoder_input_ids: as for `generate`.
             retention: the policy that the context, and what continues it, is under; as for `generate`.
         """
-        policy = self._calls.policy(retention, context)
-        whole = self._calls.prompt(prompt, context, decoder_input_ids)
+        policy = self.calls.policy(retention, context)
+        whole = self.calls.prompt(prompt, context, decoder_input_ids)
         return self._extended(context, whole, all_logits=False, policy=policy)[1]
 
     def extend(self, context: Context | None, token_ids: Any, *, start: int | None = None) -> Extended:
@@ -208,13 +215,13 @@ class LanguageModel:
         check_context(context)
         new_ids = read_prompt(token_ids, None, vocab_size=self.vocab_size)
         _check_continuation(context, new_ids, start)
-        policy = self._calls.policy(UNSET, context)
+        policy = self.calls.policy(UNSET, context)
         if self.binding.encoder is not None and context is None:
             raise InvalidRequest(
                 "an encoder-decoder model decodes from a source: begin with `context = lm.prefill(source)`, and extend "
                 "that."
             )
-        whole = self._calls.prompt(new_ids, context)
+        whole = self.calls.prompt(new_ids, context)
         logits, extended = self._extended(context, whole, all_logits=True, policy=policy)
         return Extended(logits, extended)
 
@@ -277,8 +284,8 @@ class LanguageModel:
             self.engine,
             self.tokenizer,
             continuations,
-            calls=self._calls,
-            read=lambda: self._calls.prompt_to_score(prompt, context, decoder_input_ids),
+            calls=self.calls,
+            read=lambda: self.calls.prompt_to_score(prompt, context, decoder_input_ids),
             context=context,
             normalize=normalize,
             use_cache=use_cache,
@@ -366,7 +373,7 @@ class LanguageModel:
             raise PromptTooLong(
                 f"{len(token_ids):,} tokens exceed the model's context of {self.max_tokens:,}. Shorten them."
             )
-        settled = self._calls.settled(policy, prompt_tokens=len(token_ids), new_tokens=0)
+        settled = self.calls.settled(policy, prompt_tokens=len(token_ids), new_tokens=0)
         if self.engine.cache is None:
             logits = self._uncached_logits(token_ids, new) if all_logits else torch.empty(0)
             return logits, Context(self.engine, token_ids, None)
