@@ -81,6 +81,7 @@ REFUSED: dict[str, Refusal] = {
     "negative_prompt_ids": Refusal(_CALL),
     "negative_prompt_attention_mask": Refusal(_CALL),
     "custom_generate": Refusal(_CALL),
+    "trust_remote_code": Refusal(_CALL),
     "synced_gpus": Refusal(_CALL),
 }
 
