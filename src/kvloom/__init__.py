@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from kvloom.context import Context
     from kvloom.dropin import generate
     from kvloom.engine import Usage
+    from kvloom.inspecting import Inspection
     from kvloom.model import LanguageModel
     from kvloom.models import PagedCache
     from kvloom.planning import MemoryPlan, plan
@@ -48,6 +49,7 @@ __all__ = [
     "Generation",
     "HeavyHitters",
     "Hypotheses",
+    "Inspection",
     "InvalidRequest",
     "KVLoomError",
     "LanguageModel",
@@ -80,6 +82,7 @@ _LATE = {
     "Generation": "results",
     "HeavyHitters": "cache.retention",
     "Hypotheses": "results",
+    "Inspection": "inspecting",
     "LanguageModel": "model",
     "LastQuery": "cache.retention",
     "MemoryPlan": "planning",

@@ -15,6 +15,7 @@ from kvloom.calls import UNSET, Asked, Calls, Unset
 from kvloom.context import Context, check_context
 from kvloom.engine import Engine
 from kvloom.errors import CacheMismatch, InvalidRequest, PromptTooLong
+from kvloom.inspecting import Inspection, inspect
 from kvloom.models import Binding
 from kvloom.planning import MemoryPlan, plan_for
 from kvloom.prompts import read_prompt
@@ -224,6 +225,20 @@ class LanguageModel:
         whole = self.calls.prompt(new_ids, context)
         logits, extended = self._extended(context, whole, all_logits=True, policy=policy)
         return Extended(logits, extended)
+
+    def inspect(self, context: Context) -> Inspection:
+        """What the cache holds of a context: its blocks, who else holds them, bytes a layer, keys and values.
+
+        Example::
+
+            seen = lm.inspect(lm.prefill("Once upon a time"))
+            seen.groups[0].blocks, seen.bytes_by_layer
+            seen.keys(layer=0, first=2, end=5).shape         # [kv_heads, 3, head_dim]
+
+        Raises:
+            ContextClosed: the context was closed, or belongs to another model.
+        """
+        return inspect(self.engine, context)
 
     def restore(self, path: str | os.PathLike[str]) -> Context:
         """The context that `Context.save` wrote: the same tokens, keys and values, in blocks of this model's cache.
