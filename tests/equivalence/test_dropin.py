@@ -410,6 +410,40 @@ def test_a_model_that_has_changed_its_dtype_is_attached_again() -> None:
     assert kvloom.generate(model, **inputs).tolist() == model.generate(**inputs).tolist()
 
 
+def test_a_generation_keeps_the_scores_along_its_own_path() -> None:
+    lm = kvloom.attach(model_named("llama"))
+    prompt = random_ids(lm.binding.model, tokens=7)
+    for options in ({}, {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.0, "no_repeat_ngram_size": 2}):
+        found = lm.generate(prompt, max_new_tokens=6, output_scores=True, **options)
+        for own in found if options else [found]:
+            chosen = own.scores[torch.arange(6), own.token_ids]
+            if options:
+                torch.testing.assert_close(chosen.sum(), torch.tensor(own.score), atol=TOLERANCE, rtol=TOLERANCE)
+            else:
+                assert chosen.tolist() == own.scores.amax(dim=1).tolist()
+    assert lm.generate(prompt, max_new_tokens=2).scores is None
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 4}])
+def test_keeping_scores_changes_no_token_in_bfloat16(options: dict[str, Any]) -> None:
+    # Without scores the decoders take a short cut.
+    lm = kvloom.attach(tiny_model("llama", dtype=torch.bfloat16))
+    prompt = random_ids(lm.binding.model, tokens=9)
+    plain, kept = (lm.generate(prompt, max_new_tokens=8, output_scores=keep, **options) for keep in (False, True))
+    assert kept.token_ids == plain.token_ids
+
+
+def test_a_conversation_passed_as_a_whole_computes_its_new_tokens_only() -> None:
+    lm = kvloom.attach(model_named("llama"))
+    computed: list[int] = []
+    lm.engine.listeners.append(lambda event: computed.append(getattr(event, "prompt_tokens", 0)))
+    first = kvloom.generate(lm, padded(lm.binding.model, 40)["input_ids"], max_new_tokens=24)
+    computed.clear()
+    kvloom.generate(lm, torch.cat([first, torch.tensor([[5, 6, 7]])], dim=1), max_new_tokens=4)
+    # 67 tokens, of which the full blocks of the 63 that were run are known.
+    assert sum(computed) == 67 - 48
+
+
 def test_nothing_is_held_after_a_call() -> None:
     lm = kvloom.attach(model_named("llama"))
     for options in ({}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}):
