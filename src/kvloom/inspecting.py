@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from kvloom.cache import CachedSequence, KVCache
 from kvloom.cache.layout import LayerGroup
 from kvloom.context import Context, check_context
 from kvloom.engine import Engine
+from kvloom.engine.foreign import gathered
 from kvloom.errors import InvalidRequest
 
 
@@ -87,22 +87,9 @@ class Inspection:
 
     def _read(self, layer: int, first: int, end: int | None) -> tuple[Tensor, Tensor]:
         cache, cached = _held(self._engine, self._context)
-        if cache is None or cached is None:
-            raise InvalidRequest("the cache holds nothing of this context. Prefill its token_ids again.")
-        if not 0 <= layer < len(cache.layout.layers):
-            raise InvalidRequest(f"there is no layer {layer}; the model has 0 to {len(cache.layout.layers) - 1}.")
-        end = cached.tokens if end is None else end
-        table = cached.tables[cache.layout.group_of_layer[layer]]
-        if not 0 <= first < end <= cached.tokens or not table.holds(first, end):
-            raise InvalidRequest(
-                f"layer {layer} does not hold tokens {first} to {end} of {cached.tokens}; it holds {table.held}, the "
-                f"first at position {table.first_held}. `groups` says which."
-            )
-        positions = table.positions()
-        slots = torch.from_numpy(table.slots()[(positions >= first) & (positions < end)])
-        keys, values = cache.store.keys[layer], cache.store.values[layer]
-        slots = slots.to(keys.device)
-        return keys.index_select(1, slots), values.index_select(1, slots)
+        if cache is None:
+            raise InvalidRequest("the model keeps no cache, so it holds nothing of this context.")
+        return gathered(cache, cached, layer, first, end)
 
 
 def inspect(engine: Engine, context: Context | None) -> Inspection:

@@ -14,6 +14,7 @@ from kvloom.cache.retention import Retention
 from kvloom.calls import UNSET, Asked, Calls, Unset
 from kvloom.context import Context, check_context
 from kvloom.engine import Engine
+from kvloom.engine.foreign import read_pairs
 from kvloom.errors import CacheMismatch, InvalidRequest, PromptTooLong
 from kvloom.inspecting import Inspection, inspect
 from kvloom.models import Binding
@@ -225,6 +226,32 @@ class LanguageModel:
         whole = self.calls.prompt(new_ids, context)
         logits, extended = self._extended(context, whole, all_logits=True, policy=policy)
         return Extended(logits, extended)
+
+    def import_cache(self, token_ids: Any, past_key_values: Any) -> Context:
+        """A context of keys and values that transformers has computed for this model.
+
+        `Context.export_cache` is the way back.
+
+        They are copied and believed: what they hold is not checked beyond shapes and dtype, so nothing of this context,
+        or of what continues it, enters the prefix index, and it cannot be saved.
+
+        Args:
+            token_ids: a list, or a tensor of shape [n] or [1, n]: the tokens that were computed, and any that follow.
+            past_key_values: a `DynamicCache` or a tuple of (K, V) a layer, each [1, kv_heads, tokens, head_dim].
+
+        Raises:
+            InvalidRequest: other shapes or another dtype, more tokens than ids, layers that have let go of tokens, or a
+                model that keeps no cache, or whose rotary factors depend on length. CacheFull: it does not fit.
+        """
+        cache = self.engine.cache
+        if cache is None or self.binding.regime(1):
+            why = "keeps no keys and values" if cache is None else "turns its keys by factors that depend on length"
+            raise InvalidRequest(f"this model {why}, so no cache can be imported. Prefill the token ids.")
+        ids = read_prompt(token_ids, None, vocab_size=self.vocab_size)
+        pairs = read_pairs(past_key_values, cache.layout)
+        if pairs[0][0].shape[1] > len(ids):
+            raise InvalidRequest(f"the cache holds {pairs[0][0].shape[1]} tokens; {len(ids)} token ids were passed.")
+        return Context(self.engine, ids, self.engine.adopt(ids, pairs))
 
     def inspect(self, context: Context) -> Inspection:
         """What the cache holds of a context: its blocks, who else holds them, bytes a layer, keys and values.

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, TextIteratorStreamer
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, PreTrainedModel, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
 import kvloom
@@ -296,6 +296,52 @@ def test_a_text_streamer_of_transformers_works() -> None:
     streamer = TextIteratorStreamer(lm.tokenizer, skip_prompt=True)
     out = kvloom.generate(lm, inputs.input_ids, streamer=streamer, max_new_tokens=6, do_sample=False)
     assert "".join(streamer) == lm.tokenizer.decode(out[0, inputs.input_ids.shape[1] :])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cache_of_transformers_is_continued_and_filled_as_transformers_does(family: str) -> None:
+    model = model_named(family)
+    first = padded(model, 12)["input_ids"]
+    caches = []
+    for generate in (model.generate, lambda *own, **options: kvloom.generate(model, *own, **options)):
+        past = DynamicCache(config=model.config)
+        out = generate(first, past_key_values=past, max_new_tokens=5, return_dict_in_generate=True)
+        assert out.past_key_values is past
+        longer = torch.cat([out.sequences, torch.tensor([[5, 6, 7]])], dim=1)
+        caches.append((generate(longer, past_key_values=past, max_new_tokens=4).tolist(), past))
+    (expected, theirs), (got, ours) = caches
+    assert got == expected
+    assert ours.get_seq_length() == theirs.get_seq_length() == 12 + 5 + 3 + 4 - 1
+    for own, their in zip(ours.layers, theirs.layers, strict=True):
+        torch.testing.assert_close(own.keys, their.keys, atol=TOLERANCE, rtol=TOLERANCE)
+        torch.testing.assert_close(own.values, their.values, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_a_tuple_of_keys_and_values_and_a_streamer_go_together() -> None:
+    model = model_named("llama")
+    token_ids = padded(model, 12)["input_ids"]
+    cache = model(token_ids[:, :9], past_key_values=DynamicCache(config=model.config)).past_key_values
+    past = tuple((layer.keys, layer.values) for layer in cache.layers)
+    plain = kvloom.generate(model, token_ids, max_new_tokens=5)
+    options = {"max_new_tokens": 5, "streamer": Recorded(), "return_dict_in_generate": True}
+    out = kvloom.generate(model, token_ids, past_key_values=past, **options)
+    assert out.sequences.tolist() == plain.tolist()
+    assert out.past_key_values.get_seq_length() == 16
+    assert cache.get_seq_length() == 9, "the caller's tensors are as they were"
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}, {"use_cache": False}]
+)
+def test_a_cache_that_could_not_be_given_back_is_refused_by_name(options: dict[str, Any]) -> None:
+    model = model_named("llama")
+    with pytest.raises(UnsupportedOption, match="`past_key_values` is not supported"):
+        kvloom.generate(model, **padded(model, 5), past_key_values=DynamicCache(), **options)
+    with pytest.raises(UnsupportedOption, match="`past_key_values` is not supported"):
+        kvloom.generate(model, **padded(model, 5, 3), past_key_values=DynamicCache())
+    window = tiny_model("mistral")
+    with pytest.raises(UnsupportedOption, match="`past_key_values`"):
+        kvloom.generate(window, **padded(window, 5), past_key_values=DynamicCache())
 
 
 # ---- what is refused --------------------------------------------------------------------------------------------

@@ -19,7 +19,10 @@ from kvloom.dropin import generate
 
 ROOT = Path(__file__).parents[2]
 ROWS = re.findall(r"^\| `(\w+)` \| (\w+) \|(.*)\|$", (ROOT / "docs/dropin.md").read_text(), flags=re.MULTILINE)
-TAKEN = {"input_ids", "attention_mask", "tokenizer", *inspect.signature(generate).parameters} - {"model", "kwargs"}
+TAKEN = {"input_ids", "attention_mask", "past_key_values", "tokenizer", *inspect.signature(generate).parameters} - {
+    "model",
+    "kwargs",
+}
 
 
 def test_no_argument_of_transformers_is_missing() -> None:

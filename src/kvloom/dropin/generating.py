@@ -17,10 +17,12 @@ from kvloom.decoding.option_checks import CHECKS
 from kvloom.decoding.refusals import REFUSED
 from kvloom.dropin.outputs import Output, output_of, sequences_of
 from kvloom.dropin.padding import Batch, read_batch
+from kvloom.dropin.past import begin_with, carried_on
 from kvloom.dropin.remembering import language_model
 from kvloom.engine import Request
 from kvloom.errors import InvalidRequest, UnsupportedOption
 from kvloom.model import LanguageModel
+from kvloom.results import Generation
 from kvloom.stream import Stream
 
 AllowedTokens = Callable[[int, Tensor], list[int]]
@@ -75,17 +77,19 @@ def generate(
     arguments = dict(kwargs)
     lm = language_model(model, arguments.pop("tokenizer", None))
     inputs = _one_of(inputs, arguments.pop("input_ids", None))
-    attention_mask = arguments.pop("attention_mask", None)
+    attention_mask, past = arguments.pop("attention_mask", None), arguments.pop("past_key_values", None)
     arguments = _without_model_inputs(arguments, lm)
     asked = Asked(None, generation_config, logits_processor, stopping_criteria, arguments)
     options = lm.calls.options(asked)
     batch = read_batch(inputs, attention_mask, options, device=lm.binding.device)
     as_dict = _flag("return_dict_in_generate", arguments, generation_config, lm.generation_config)
     options = _counted(options, batch, as_dict)
+    asked = replace(asked, context=begin_with(past, lm, batch, options))
     requests = _requests(lm, batch, asked, options, prefix_allowed_tokens_fn)
-    _run(lm, batch, requests, streamer)
+    generations = _run(lm, batch, requests, streamer)
+    past = None if past is None else carried_on(past, generations[0].context)
     decoders = [request.decoder for request in requests]
-    return output_of(batch, decoders, options) if as_dict else sequences_of(batch, decoders)
+    return output_of(batch, decoders, options, past) if as_dict else sequences_of(batch, decoders)
 
 
 def _one_of(inputs: Tensor | None, input_ids: Tensor | None) -> Tensor | None:
@@ -140,7 +144,9 @@ def _requests(
     for index, prompt in enumerate(batch.prompts):
         own = asked if allowed is None else replace(asked, logits_processor=_constrained(asked, allowed, index))
         seed = int(torch.randint(2**32, ())) if options.do_sample else None
-        requests += lm.calls.requests(prompt, own, replace(options, seed=seed))[0]
+        # A context that the call begins with holds the whole prompt.
+        new = prompt if asked.context is None else None
+        requests += lm.calls.requests(new, own, replace(options, seed=seed))[0]
     return requests
 
 
@@ -149,14 +155,12 @@ def _constrained(asked: Asked, allowed: AllowedTokens, index: int) -> list[Any]:
     return [*(asked.logits_processor or ()), constraint]
 
 
-def _run(lm: LanguageModel, batch: Batch, requests: list[Request], streamer: Any) -> None:
+def _run(lm: LanguageModel, batch: Batch, requests: list[Request], streamer: Any) -> list[Generation]:
+    """Every sequence of every request. What they hold is freed with them; the prefix index knows the tokens."""
     if streamer is None:
         lm.calls.submit(requests)
         lm.engine.run(requests)
-        for request in requests:
-            # Nobody can ask for a context of what is returned; the prefix index knows the tokens.
-            lm.engine.abort(request)
-        return
+        return [own for request in requests for own in lm.calls.results(request)]
     if len(requests) > 1 or requests[0].max_rows > 1:
         raise UnsupportedOption("`streamer` is not supported for beams or several sequences: it takes a single one.")
     lm.calls.submit(requests)
@@ -165,3 +169,5 @@ def _run(lm: LanguageModel, batch: Batch, requests: list[Request], streamer: Any
         for piece in pieces:
             streamer.put(torch.tensor([piece.token_id]))
         streamer.end()
+    assert pieces.result is not None, "an exhausted stream has a result"
+    return [pieces.result]

@@ -8,6 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
 from kvloom.decoding import BeamSearch, Decoder, Hypothesis, Options
@@ -22,7 +23,7 @@ def sequences_of(batch: Batch, decoders: Sequence[Decoder]) -> Tensor:
     return batch.followed_by(generated, decoders[0].fill)
 
 
-def output_of(batch: Batch, decoders: Sequence[Decoder], options: Options) -> Output:
+def output_of(batch: Batch, decoders: Sequence[Decoder], options: Options, past: DynamicCache | None) -> Output:
     """The output class that transformers returns for such a call, with what was asked to be kept."""
     sequences = sequences_of(batch, decoders)
     beams = [decoder for decoder in decoders if isinstance(decoder, BeamSearch)]
@@ -33,6 +34,7 @@ def output_of(batch: Batch, decoders: Sequence[Decoder], options: Options) -> Ou
         sequences=sequences,
         scores=_steps([_kept(found.scores) for found in hypotheses]) if options.output_scores else None,
         logits=_steps([_kept(found.logits) for found in hypotheses]) if options.output_logits else None,
+        past_key_values=past,
     )
 
 

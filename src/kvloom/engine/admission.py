@@ -6,8 +6,9 @@ requests wait instead, and one that could never fit is refused before any work.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from kvloom.blocks.table import Slots, pieces
 from kvloom.cache import KVCache
 from kvloom.cache.retention import Retention
 from kvloom.engine.holding import Holding, Holdings
@@ -83,6 +84,12 @@ class Admission:
         """Whether `need` fits beside what is `reserved` and what users' contexts hold."""
         taken = [sum(group) for group in zip(self._holdings.claimed_blocks(), *reserved, strict=True)]
         return all(own + others <= self._cache.blocks for own, others in zip(need, taken, strict=True))
+
+    def refuse_unless_held(self, positions: Sequence[Slots], what: str, reserved: Iterable[Blocks]) -> None:
+        """Raise `CacheFull` if a context from elsewhere, which holds the tokens at `positions`, does not fit."""
+        need = tuple(len(pieces(own, self._cache.layout.block_tokens)[0]) for own in positions)
+        remedy = "or close contexts that are no longer needed"
+        self.refuse_unless_possible(need, what, reserved=reserved, remedy=remedy)
 
     def refuse_unless_possible(
         self,

@@ -20,7 +20,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kvloom.blocks.table import pieces
 from kvloom.cache import CacheLayout, KVCache
 from kvloom.cache.retention import Retention
 from kvloom.cache.snapshot import Origin, open_snapshot
@@ -28,6 +27,7 @@ from kvloom.decoding import HostStep, Step, to_host
 from kvloom.engine.admission import Admission
 from kvloom.engine.children import children
 from kvloom.engine.events import Event, RequestFinished, StepDone
+from kvloom.engine.foreign import Pair
 from kvloom.engine.holding import Holding, Holdings
 from kvloom.engine.peaks import note_peaks
 from kvloom.engine.planner import default_budget_bytes, longest_kept
@@ -278,14 +278,17 @@ class Engine:
                 snapshot.check_origin(origin)
                 assert self.cache is not None, "a model without a cache has no origin"
                 positions = snapshot.positions(self.cache.layout)
-                need = tuple(len(pieces(own, self.cache.layout.block_tokens)[0]) for own in positions)
-                self._admission.refuse_unless_possible(
-                    need,
-                    f"a snapshot of {len(snapshot.token_ids):,} tokens",
-                    reserved=self._reserved(),
-                    remedy="or close contexts that are no longer needed",
-                )
+                what = f"a snapshot of {len(snapshot.token_ids):,} tokens"
+                self._admission.refuse_unless_held(positions, what, self._reserved())
                 return snapshot.token_ids, self._rows.restore(snapshot, positions)
+
+    def adopt(self, token_ids: list[int], pairs: Sequence[Pair]) -> Holding:
+        """A claimed holding of keys and values that were computed elsewhere; see `foreign.read_pairs`."""
+        with self._working():
+            self._check_open()
+            positions = self._rows.positions_needed(pairs[0][0].shape[1])
+            self._admission.refuse_unless_held(positions, f"a cache for {len(token_ids):,} tokens", self._reserved())
+            return self._rows.adopt(token_ids, pairs, positions)
 
     def _origin(self) -> Origin:
         """What the keys and values of this engine depend on."""

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,10 +20,11 @@ from kvloom.blocks.table import Slots
 from kvloom.cache import CachedSequence, Extension, KVCache, adopt_source, place_source, remember_source
 from kvloom.cache.retention import Retention
 from kvloom.cache.snapshot import Origin, SnapshotReader, as_regime, write_snapshot
+from kvloom.engine.foreign import Pair
 from kvloom.engine.holding import Holding, Holdings
 from kvloom.engine.request import Row
 from kvloom.engine.retaining import begin, retain
-from kvloom.errors import CacheFull
+from kvloom.errors import CacheFull, InvalidRequest
 from kvloom.models import Binding, Source
 from kvloom.models.binding import Regime
 
@@ -139,6 +141,8 @@ class CachedRows:
     def save(self, holding: Holding, token_ids: Sequence[int], path: str | os.PathLike[str], origin: Origin) -> None:
         """Write a holding's tables and what they hold into a file."""
         assert holding.cached is not None, "only tables can be saved"
+        if holding.cached.foreign:
+            raise InvalidRequest("a context that began with an imported cache cannot be saved. Prefill its token_ids.")
         regime = as_regime(holding.regime)
         write_snapshot(path, self._cache, holding.cached, token_ids=token_ids, regime=regime, origin=origin)
 
@@ -149,6 +153,28 @@ class CachedRows:
         try:
             snapshot.load(self._cache, slots)
             self.remember(row)
+        except BaseException:
+            self.close(row)
+            raise
+        return self.hold(row, claimed=True)
+
+    def positions_needed(self, tokens: int) -> list[Slots]:
+        """For each layer group, int64[held], the positions that a sequence of `tokens` tokens must hold to go on."""
+        groups = self._cache.layout.groups
+        return [np.arange(group.reach.first_needed(tokens), tokens, dtype=np.int64) for group in groups]
+
+    def adopt(self, token_ids: list[int], pairs: Sequence[Pair], positions: Sequence[Slots]) -> Holding:
+        """A claimed holding of keys and values that were computed elsewhere, each [kv_heads, tokens, dim]."""
+        tokens = pairs[0][0].shape[1]
+        cached, slots = self._with_room(lambda: self._cache.place(positions, tokens=tokens))
+        cached.foreign = True
+        row = Row(token_ids, cached, self._binding.regime(tokens))
+        try:
+            for layer, group in enumerate(self._cache.layout.group_of_layer):
+                own, held = torch.from_numpy(slots[group]), torch.from_numpy(positions[group])
+                keys, values = (part.index_select(1, held.to(part.device)) for part in pairs[layer])
+                device = self._binding.device
+                self._cache.store.write(layer, own.to(device), keys.to(device), values.to(device))
         except BaseException:
             self.close(row)
             raise
