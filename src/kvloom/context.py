@@ -120,6 +120,8 @@ class Context:
         holding = self.tables_for(self._engine)
         if self._engine.cache is None or holding is None:
             raise InvalidRequest("the cache holds nothing of this context. Prefill its token_ids.")
+        if self.source is not None:
+            raise InvalidRequest("a context of an encoder-decoder model cannot be exported. Keep the context itself.")
         return exported(self._engine.cache, holding.cached)
 
     def close(self) -> None:

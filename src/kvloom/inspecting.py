@@ -73,7 +73,8 @@ class Inspection:
         """Keys of the tokens at positions `first` up to but not including `end`, by default all that are cached.
 
         Returns:
-            [kv_heads, tokens, head_dim], a copy in the cache's dtype; rotated, where the model rotates its keys.
+            [kv_heads, tokens, head_dim], a copy in the cache's dtype; rotated, where the model rotates its keys. Of
+            cross-attention they are those of the source's positions.
 
         Raises:
             InvalidRequest: no such layer, or the layer does not hold all of these tokens.

@@ -244,8 +244,9 @@ class LanguageModel:
                 model that keeps no cache, or whose rotary factors depend on length. CacheFull: it does not fit.
         """
         cache = self.engine.cache
-        if cache is None or self.binding.regime(1):
+        if cache is None or self.binding.encoder is not None or self.binding.regime(1):
             why = "keeps no keys and values" if cache is None else "turns its keys by factors that depend on length"
+            why = why if self.binding.encoder is None else "is an encoder-decoder model"
             raise InvalidRequest(f"this model {why}, so no cache can be imported. Prefill the token ids.")
         ids = read_prompt(token_ids, None, vocab_size=self.vocab_size)
         pairs = read_pairs(past_key_values, cache.layout)

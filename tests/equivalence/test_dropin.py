@@ -361,6 +361,7 @@ def test_a_cache_that_could_not_be_given_back_is_refused_by_name(options: dict[s
         ("labels", torch.zeros(1, 3)),
         ("seed", 3),
         ("retention", None),
+        ("decoder_input_ids", torch.zeros(1, 3)),
         ("negative_prompt_ids", torch.zeros(1, 3)),
     ],
 )
@@ -415,6 +416,17 @@ def test_encoder_decoder_models_are_refused() -> None:
     model = T5ForConditionalGeneration(T5Config(vocab_size=32, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2))
     with pytest.raises(UnsupportedModel, match="encoder-decoder"):
         kvloom.generate(model, torch.tensor([[1, 2]]))
+    model.generation_config.decoder_start_token_id = 0
+    lm = kvloom.attach(model.eval())
+    with pytest.raises(UnsupportedModel, match="encoder-decoder"):
+        kvloom.generate(lm, torch.tensor([[1, 2]]))
+    context = lm.prefill([1, 2, 3])
+    with pytest.raises(InvalidRequest, match="encoder-decoder"):
+        context.export_cache()
+    with pytest.raises(InvalidRequest, match="encoder-decoder"):
+        lm.import_cache([1, 2], DynamicCache())
+    seen = lm.inspect(context)
+    assert [seen.keys(layer).shape[1] for layer in range(2)] == [context.cached_tokens, 3]
 
 
 # ---- how a model is remembered ----------------------------------------------------------------------------------

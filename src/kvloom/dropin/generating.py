@@ -27,8 +27,8 @@ from kvloom.stream import Stream
 
 AllowedTokens = Callable[[int, Tensor], list[int]]
 
-KVLOOM_ONLY = ("context", "retention", "seed", "top_logprobs")
-"""Options of `LanguageModel.generate` that transformers' outputs, or batches, have no place for."""
+KVLOOM_ONLY = ("context", "retention", "seed", "top_logprobs", "decoder_input_ids")
+"""Options of `LanguageModel.generate` that a call of a decoder-only `model.generate` has no place for."""
 
 
 def generate(
@@ -103,7 +103,7 @@ def _without_model_inputs(arguments: dict[str, Any], lm: LanguageModel) -> dict[
     for name in KVLOOM_ONLY:
         if name in arguments:
             raise UnsupportedOption(
-                f"`{name}` is not supported: it is no argument of `model.generate`. Call `generate` of a LanguageModel."
+                f"`{name}` is not supported: a decoder-only `model.generate` has no such argument; a LanguageModel's has."
             )
     forward = getattr(getattr(lm.binding, "model", None), "forward", None)
     inputs = {} if forward is None else inspect.signature(forward).parameters

@@ -32,7 +32,7 @@ def begin_with(past: Any, lm: LanguageModel, batch: Batch, options: Options) -> 
 
 
 def carried_on(past: Any, context: Context) -> DynamicCache:
-    """The cache after the call: `past` itself if it is a `DynamicCache`, with the tokens of `context` that it lacked."""
+    """The cache after the call: `past` with the tokens that it lacked, if it is a `DynamicCache`, else a new one."""
     whole = context.export_cache()
     if not isinstance(past, DynamicCache):
         return whole

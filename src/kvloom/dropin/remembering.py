@@ -37,6 +37,7 @@ def language_model(model: Any, tokenizer: Any) -> LanguageModel:
         model: a causal language model of transformers (PEFT's wrapper around one too), or a `LanguageModel`.
         tokenizer: for stop strings; by default that of the `LanguageModel`.
     """
+    _refuse_encoder(model)
     if isinstance(model, LanguageModel):
         lm, config = model, model.generation_config
     else:
@@ -45,17 +46,21 @@ def language_model(model: Any, tokenizer: Any) -> LanguageModel:
     return LanguageModel(lm.engine, lm.tokenizer if tokenizer is None else tokenizer, config, lm.retention)
 
 
+def _refuse_encoder(model: Any) -> None:
+    held = getattr(model.binding, "model", None) if isinstance(model, LanguageModel) else model
+    if getattr(getattr(held, "config", None), "is_encoder_decoder", False):
+        raise UnsupportedModel(
+            f"{type(held).__name__} is an encoder-decoder model, which kvloom.generate does not take. Attach it, and "
+            "call `generate` of the LanguageModel, which does."
+        )
+
+
 def _transformers_model(model: Any) -> PreTrainedModel:
     wrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(wrapped, PreTrainedModel):
         raise InvalidRequest(
             f"`model` must be a model of transformers or a LanguageModel; got {type(model).__name__}. Attach a "
             "callable with kvloom.attach(callable, vocab_size=...) and pass what that returns."
-        )
-    if wrapped.config.is_encoder_decoder:
-        raise UnsupportedModel(
-            f"{type(wrapped).__name__} is an encoder-decoder model, which kvloom.generate does not take. "
-            "Use model.generate."
         )
     return wrapped
 

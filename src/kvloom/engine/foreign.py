@@ -46,11 +46,11 @@ def gathered(cache: KVCache, cached: CachedSequence | None, layer: int, first: i
         raise InvalidRequest("the cache holds nothing of this context. Prefill its token_ids again.")
     if not 0 <= layer < len(cache.layout.layers):
         raise InvalidRequest(f"there is no layer {layer}; the model has 0 to {len(cache.layout.layers) - 1}.")
-    end = cached.tokens if end is None else end
     table = cached.tables[cache.layout.group_of_layer[layer]]
-    if not 0 <= first < end <= cached.tokens or not table.holds(first, end):
+    end = table.position if end is None else end
+    if not 0 <= first < end <= table.position or not table.holds(first, end):
         raise InvalidRequest(
-            f"layer {layer} does not hold tokens {first} to {end} of {cached.tokens}; it holds {table.held}, the "
+            f"layer {layer} does not hold tokens {first} to {end} of {table.position}; it holds {table.held}, the "
             f"first at position {table.first_held}. `inspect(context).groups` says which."
         )
     positions = table.positions()
