@@ -103,7 +103,7 @@ def _without_model_inputs(arguments: dict[str, Any], lm: LanguageModel) -> dict[
     for name in KVLOOM_ONLY:
         if name in arguments:
             raise UnsupportedOption(
-                f"`{name}` is not supported: a decoder-only `model.generate` has no such argument; a LanguageModel's has."
+                f"`{name}` is not supported: a decoder-only `model.generate` has no such argument, a LanguageModel has."
             )
     forward = getattr(getattr(lm.binding, "model", None), "forward", None)
     inputs = {} if forward is None else inspect.signature(forward).parameters
