@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from kvloom.attaching import attach, load
     from kvloom.cache.retention import CompressedPrompt, HeavyHitters, LastQuery, SinkWindow, TopBlocks
     from kvloom.context import Context
+    from kvloom.dropin import generate
     from kvloom.embeddings import Embedded, EmbeddingContext, EmbeddingModel
     from kvloom.engine import Usage
+    from kvloom.inspecting import Inspection
     from kvloom.model import LanguageModel
     from kvloom.models import PagedCache
     from kvloom.planning import MemoryPlan, plan
@@ -51,6 +53,7 @@ __all__ = [
     "Generation",
     "HeavyHitters",
     "Hypotheses",
+    "Inspection",
     "InvalidRequest",
     "KVLoomError",
     "LanguageModel",
@@ -69,6 +72,7 @@ __all__ = [
     "__version__",
     "attach",
     "errors",
+    "generate",
     "load",
     "plan",
 ]
@@ -85,6 +89,7 @@ _LATE = {
     "Generation": "results",
     "HeavyHitters": "cache.retention",
     "Hypotheses": "results",
+    "Inspection": "inspecting",
     "LanguageModel": "model",
     "LastQuery": "cache.retention",
     "MemoryPlan": "planning",
@@ -98,6 +103,7 @@ _LATE = {
     "TopBlocks": "cache.retention",
     "Usage": "engine",
     "attach": "attaching",
+    "generate": "dropin",
     "load": "attaching",
     "plan": "planning",
 }

@@ -83,11 +83,18 @@ class Calls:
         self._engine.run(requests)
         return [self.results(request) for request in requests], several
 
-    def requests(self, prompt: Any, asked: Asked) -> tuple[list[Request], bool]:
-        """A checked request for each prompt; nothing is queued yet."""
+    def requests(self, prompt: Any, asked: Asked, options: Options | None = None) -> tuple[list[Request], bool]:
+        """A checked request for each prompt; nothing is queued yet. `options` are by default those that were asked."""
         check_context(asked.context)
+        options = self.options(asked) if options is None else options
+        policy = self.policy(asked.retention, asked.context, use_cache=options.use_cache)
+        prompts, several = self.prompts(prompt, asked.context, asked.decoder_input_ids, options)
+        return [self._request(own, options, asked, policy) for own in prompts], several
+
+    def options(self, asked: Asked) -> Options:
+        """The options of a call, with transformers' precedence and every default filled in."""
         policy = self.policy(asked.retention, asked.context)
-        options = resolve(
+        return resolve(
             self._generation_config,
             asked.generation_config,
             asked.options,
@@ -97,9 +104,6 @@ class Calls:
             else self._engine.binding.max_tokens,
             known=OWN_OPTIONS,
         )
-        policy = self.policy(asked.retention, asked.context, use_cache=options.use_cache)
-        prompts, several = self.prompts(prompt, asked.context, asked.decoder_input_ids, options)
-        return [self._request(own, options, asked, policy) for own in prompts], several
 
     def policy(
         self, asked: Retention | Unset | None, context: Context | None, *, use_cache: bool = True
@@ -261,6 +265,7 @@ class Calls:
             logprobs=own.logprobs,
             top_logprobs=own.top_logprobs,
             logits=own.logits,
+            scores=own.scores,
             finish_reason=own.finish_reason,
             score=own.score,
             usage=usage,

@@ -6,8 +6,11 @@ import os
 import weakref
 from collections.abc import Sequence
 
+from transformers import DynamicCache
+
 from kvloom.cache.retention import Retention
 from kvloom.engine import Engine
+from kvloom.engine.foreign import exported
 from kvloom.engine.holding import Holding
 from kvloom.errors import ContextClosed, InvalidRequest
 from kvloom.models import Media, Source
@@ -119,6 +122,23 @@ class Context:
                 "has computed. Keep its token_ids, or prefill it with retention=None."
             )
         self._engine.save(self.token_ids, self.tables_for(self._engine), path)
+
+    def export_cache(self) -> DynamicCache:
+        """Keys and values as a `DynamicCache` of transformers; copies, of a batch of one.
+
+        It holds `cached_tokens` tokens: of a generation all but the last, as a cache of transformers' own.
+        `LanguageModel.import_cache` is the way back.
+
+        Raises:
+            InvalidRequest: nothing is cached, or a window or a retention policy has let go of tokens.
+            ContextClosed: the context was closed.
+        """
+        holding = self.tables_for(self._engine)
+        if self._engine.cache is None or holding is None:
+            raise InvalidRequest("the cache holds nothing of this context. Prefill its token_ids.")
+        if self.source is not None:
+            raise InvalidRequest("a context of an encoder-decoder model cannot be exported. Keep the context itself.")
+        return exported(self._engine.cache, holding.cached)
 
     def close(self) -> None:
         """Free the blocks now. The context cannot be used afterwards."""

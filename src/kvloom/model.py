@@ -14,7 +14,9 @@ from kvloom.cache.retention import Retention
 from kvloom.calls import UNSET, Asked, Calls, Unset
 from kvloom.context import Context, check_context
 from kvloom.engine import Engine
+from kvloom.engine.foreign import read_pairs
 from kvloom.errors import CacheMismatch, InvalidRequest, PromptTooLong
+from kvloom.inspecting import Inspection, inspect
 from kvloom.models import Binding
 from kvloom.planning import MemoryPlan, plan_for
 from kvloom.prompts import Prompt, PromptReader, read_prompt
@@ -40,6 +42,13 @@ class LanguageModel:
     content may be a list of blocks, `{"type": "image", "image": ...}` (an image of PIL, or its "path" or "url") and
     `{"type": "text", "text": "..."}`, and what its processor returns for one prompt is a prompt too. Behind a context,
     pass the new messages alone: an answer that the context ends with is closed as the template closes it.
+
+    Attributes:
+        engine: the model and its cache.
+        tokenizer: of text prompts and texts; may be None.
+        generation_config: the model's own options.
+        retention: the policy of calls that name none.
+        calls: makes requests of calls.
     """
 
     def __init__(
@@ -56,7 +65,7 @@ class LanguageModel:
         self.processor = processor
         self.generation_config = generation_config
         self.retention = retention
-        self._calls = Calls(engine, tokenizer, generation_config, retention, processor=processor)
+        self.calls = Calls(engine, tokenizer, generation_config, retention, processor=processor)
 
     @property
     def binding(self) -> Binding:
@@ -76,7 +85,7 @@ class LanguageModel:
     @property
     def reader(self) -> PromptReader:
         """Turns prompts into token ids, and images into what the model is shown."""
-        return self._calls.reader
+        return self.calls.reader
 
     @property
     def longest(self) -> int | None:
@@ -123,7 +132,7 @@ class LanguageModel:
         asked = Asked(
             context, generation_config, logits_processor, stopping_criteria, options, retention, decoder_input_ids
         )
-        results, several = self._calls.decode(prompt, asked)
+        results, several = self.calls.decode(prompt, asked)
         shaped = [own[0] if len(own) == 1 else own for own in results]
         return shaped if several else shaped[0]
 
@@ -151,7 +160,7 @@ class LanguageModel:
         asked = Asked(
             context, generation_config, logits_processor, stopping_criteria, options, retention, decoder_input_ids
         )
-        results, several = self._calls.decode(prompt, asked)
+        results, several = self.calls.decode(prompt, asked)
         return results if several else results[0]
 
     def stream(
@@ -175,11 +184,11 @@ class LanguageModel:
         asked = Asked(
             context, generation_config, logits_processor, stopping_criteria, options, retention, decoder_input_ids
         )
-        requests, several = self._calls.requests(prompt, asked)
+        requests, several = self.calls.requests(prompt, asked)
         if several or requests[0].max_rows > 1:
             raise InvalidRequest("a stream has one prompt and one sequence: beams and batches use generate().")
-        self._calls.submit(requests)
-        return Stream(self.engine, self.tokenizer, self._calls, requests[0])
+        self.calls.submit(requests)
+        return Stream(self.engine, self.tokenizer, self.calls, requests[0])
 
     # ---- contexts ------------------------------------------------------------------------------------------
 
@@ -202,8 +211,8 @@ class LanguageModel:
             add_generation_prompt: whether messages end with the cue for an answer, so that `generate(context=...)`
                 and `score` go on with one. Without it, go on with more messages.
         """
-        policy = self._calls.policy(retention, context)
-        whole = self._calls.prompt(prompt, context, decoder_input_ids, cue=add_generation_prompt)
+        policy = self.calls.policy(retention, context)
+        whole = self.calls.prompt(prompt, context, decoder_input_ids, cue=add_generation_prompt)
         return self._extended(context, whole, all_logits=False, policy=policy)[1]
 
     def extend(self, context: Context | None, token_ids: Any, *, start: int | None = None) -> Extended:
@@ -224,15 +233,56 @@ class LanguageModel:
         check_context(context)
         new_ids = read_prompt(token_ids, None, vocab_size=self.vocab_size)
         _check_continuation(context, new_ids, start)
-        policy = self._calls.policy(UNSET, context)
+        policy = self.calls.policy(UNSET, context)
         if self.binding.encoder is not None and context is None:
             raise InvalidRequest(
                 "an encoder-decoder model decodes from a source: begin with `context = lm.prefill(source)`, and extend "
                 "that."
             )
-        whole = self._calls.prompt(new_ids, context)
+        whole = self.calls.prompt(new_ids, context)
         logits, extended = self._extended(context, whole, all_logits=True, policy=policy)
         return Extended(logits, extended)
+
+    def import_cache(self, token_ids: Any, past_key_values: Any) -> Context:
+        """A context of keys and values that transformers has computed for this model.
+
+        `Context.export_cache` is the way back.
+
+        They are copied and believed: what they hold is not checked beyond shapes and dtype, so nothing of this context,
+        or of what continues it, enters the prefix index, and it cannot be saved.
+
+        Args:
+            token_ids: a list, or a tensor of shape [n] or [1, n]: the tokens that were computed, and any that follow.
+            past_key_values: a `DynamicCache` or a tuple of (K, V) a layer, each [1, kv_heads, tokens, head_dim].
+
+        Raises:
+            InvalidRequest: other shapes or another dtype, more tokens than ids, layers that have let go of tokens, or a
+                model that keeps no cache, or whose rotary factors depend on length. CacheFull: it does not fit.
+        """
+        cache = self.engine.cache
+        if cache is None or self.binding.encoder is not None or self.binding.regime(1):
+            why = "keeps no keys and values" if cache is None else "turns its keys by factors that depend on length"
+            why = why if self.binding.encoder is None else "is an encoder-decoder model"
+            raise InvalidRequest(f"this model {why}, so no cache can be imported. Prefill the token ids.")
+        ids = read_prompt(token_ids, None, vocab_size=self.vocab_size)
+        pairs = read_pairs(past_key_values, cache.layout)
+        if pairs[0][0].shape[1] > len(ids):
+            raise InvalidRequest(f"the cache holds {pairs[0][0].shape[1]} tokens; {len(ids)} token ids were passed.")
+        return Context(self.engine, ids, self.engine.adopt(ids, pairs))
+
+    def inspect(self, context: Context) -> Inspection:
+        """What the cache holds of a context: its blocks, who else holds them, bytes a layer, keys and values.
+
+        Example::
+
+            seen = lm.inspect(lm.prefill("Once upon a time"))
+            seen.groups[0].blocks, seen.bytes_by_layer
+            seen.keys(layer=0, first=2, end=5).shape         # [kv_heads, 3, head_dim]
+
+        Raises:
+            ContextClosed: the context was closed, or belongs to another model.
+        """
+        return inspect(self.engine, context)
 
     def restore(self, path: str | os.PathLike[str]) -> Context:
         """The context that `Context.save` wrote: the same tokens, keys and values, in blocks of this model's cache.
@@ -293,8 +343,8 @@ class LanguageModel:
             self.engine,
             self.tokenizer,
             continuations,
-            calls=self._calls,
-            read=lambda: self._calls.prompt_to_score(prompt, context, decoder_input_ids),
+            calls=self.calls,
+            read=lambda: self.calls.prompt_to_score(prompt, context, decoder_input_ids),
             context=context,
             normalize=normalize,
             use_cache=use_cache,
@@ -383,7 +433,7 @@ class LanguageModel:
             raise PromptTooLong(
                 f"{len(token_ids):,} tokens exceed the model's context of {self.max_tokens:,}. Shorten them."
             )
-        settled = self._calls.settled(policy, prompt_tokens=len(token_ids), new_tokens=0, media=media)
+        settled = self.calls.settled(policy, prompt_tokens=len(token_ids), new_tokens=0, media=media)
         if self.engine.cache is None:
             logits = self._uncached_logits(token_ids, new) if all_logits else torch.empty(0)
             return logits, Context(self.engine, token_ids, None)

@@ -27,6 +27,8 @@ class Generation:
         logprobs: raw log-softmax of each new token, before temperature, penalties and filters.
         top_logprobs: with `top_logprobs=k`, the k likeliest tokens of each step.
         logits: with `output_logits=True`, float32[new_tokens, vocab], before any processing.
+        scores: with `output_scores=True`, float32[new_tokens, vocab], what processors made of the logits (in a beam
+            search, of their log-softmax): what each token was chosen by.
         finish_reason: "eos", "length" or "stop".
         score: of a beam hypothesis: the sum of its log-probabilities / length ** length_penalty.
         usage: what the request cost, over all its sequences.
@@ -38,6 +40,7 @@ class Generation:
     logprobs: list[float]
     top_logprobs: list[TopLogprobs] | None = field(repr=False)
     logits: Tensor | None = field(repr=False)
+    scores: Tensor | None = field(repr=False)
     finish_reason: FinishReason
     score: float | None
     usage: Usage

@@ -107,7 +107,6 @@ def test_names_that_the_caller_handles_are_suggested_and_skipped() -> None:
         ("assistant_model", object()),
         ("num_assistant_tokens", 5),
         ("cache_implementation", "static"),
-        ("output_scores", True),
         ("prefix_allowed_tokens_fn", print),
         ("streamer", object()),
     ],

@@ -55,12 +55,14 @@ class GroupCache:
 class CachedSequence:
     """One sequence's tables, one a layer group, and what its retention policy knows of it (None without one).
 
-    Made by `KVCache.open` and `fork`.
+    Made by `KVCache.open` and `fork`. `foreign` if it began with keys and values that this model has not computed, so
+    that nothing of it may be found by others.
     """
 
-    def __init__(self, tables: list[Table], retained: Retained | None = None) -> None:
+    def __init__(self, tables: list[Table], retained: Retained | None = None, *, foreign: bool = False) -> None:
         self.tables = tables
         self.retained = retained
+        self.foreign = foreign
 
     @property
     def tokens(self) -> int:
@@ -69,7 +71,9 @@ class CachedSequence:
 
     @property
     def exact_tokens(self) -> int:
-        """How many of the first ones have the keys and values of full attention."""
+        """How many of the first ones have the keys and values of full attention, as this model computes it."""
+        if self.foreign:
+            return 0
         limit = None if self.retained is None else self.retained.exact_tokens
         return self.tokens if limit is None else min(limit, self.tokens)
 
@@ -268,7 +272,8 @@ class KVCache:
 
     def fork(self, sequence: CachedSequence) -> CachedSequence:
         """A sequence with the same past; every block is shared until one of the two writes."""
-        return CachedSequence([table.fork() for table in sequence.tables], sequence.retained)
+        tables = [table.fork() for table in sequence.tables]
+        return CachedSequence(tables, sequence.retained, foreign=sequence.foreign)
 
     def can_truncate(self, sequence: CachedSequence, tokens: int) -> bool:
         """Whether a sequence cut to `tokens` would still hold all that its windows, and its retention policy, need."""

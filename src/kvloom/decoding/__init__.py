@@ -109,7 +109,7 @@ def _observer(options: Options, output_logits: bool, top_logprobs: int, vocab_si
     top = CHECKS["top_logprobs"]("top_logprobs", top_logprobs or options.top_logprobs)
     if top > vocab_size:
         raise InvalidRequest(f"`top_logprobs={top}` exceeds the vocabulary of {vocab_size} tokens.")
-    return Observer(top, output_logits or options.output_logits, options.remove_invalid_values)
+    return Observer(top, output_logits or options.output_logits, options.remove_invalid_values, options.output_scores)
 
 
 def _seed(options: Options, seed: int | None) -> int | None:

@@ -66,6 +66,8 @@ class Hypothesis:
         score: a beam hypothesis' length-normalised score; None for greedy and sampling.
         top_logprobs: alternatives of each step, if they were asked for.
         logits: float32[new_tokens, vocab], before any processing, if they were asked for.
+        scores: float32[new_tokens, vocab], after processing, if they were asked for.
+        beams: of a beam hypothesis: which of the running beams each token continued.
     """
 
     token_ids: list[int]
@@ -74,6 +76,8 @@ class Hypothesis:
     score: float | None = None
     top_logprobs: list[TopLogprobs] | None = None
     logits: Tensor | None = None
+    scores: Tensor | None = None
+    beams: list[int] | None = None
 
 
 class Decoder(Protocol):
@@ -99,6 +103,11 @@ class Decoder(Protocol):
 
     def results(self) -> list[Hypothesis]:
         """The sequences of a request that is done: samples in order, beam hypotheses best first."""
+        ...
+
+    @property
+    def fill(self) -> int:
+        """The token that fills short rows of `sequences`."""
         ...
 
     def sequences(self) -> Tensor:

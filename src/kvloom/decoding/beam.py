@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvloom.decoding.base import HostStep, Hypothesis, Step
-from kvloom.decoding.beam_state import IMPOSSIBLE, BeamRules, Beams, BeamStep, Candidates, Finished
+from kvloom.decoding.beam_state import IMPOSSIBLE, BeamRules, Beams, BeamStep, Candidates, Finished, Seen
 from kvloom.decoding.logprobs import Logprobs
 from kvloom.decoding.randomness import generator_for
 from kvloom.decoding.shared import Shared, filled
@@ -69,14 +69,15 @@ class BeamSearch:
         assert logits.shape[0] == self.rows, f"{logits.shape[0]} rows of logits for {self.rows} beams"
         raw = self._shared.observer.logprobs(logits)
         generator = None if self._generator is None else self._generator.clone_state()
-        candidates, stopped = self._candidates(*self._draw(logits, raw, generator))
+        processed = None if self._needs_no_scores(logits) else self._processed(logits, raw)
+        candidates, stopped = self._candidates(*self._draw(processed, raw, logits.shape[1], generator))
         # Before the first decision all beams are the one row of the prompt.
         parents = candidates.beams if len(self._trace) else torch.zeros_like(candidates.beams)
         # A score that is not a number orders nothing: the engine must hear of it.
         logprobs = raw.of(parents, candidates.tokens).where(~candidates.scores.isnan(), torch.nan)
         beams, kept = self._next(candidates)
         over = self._over(beams, candidates)
-        extras = self._shared.observer.extras(logits, raw)
+        extras = self._shared.observer.extras(logits, raw, processed)
         return BeamStep(
             tokens=candidates.tokens[kept],
             parents=parents[kept],
@@ -88,27 +89,34 @@ class BeamSearch:
             generator=generator,
         )
 
-    def _draw(self, logits: Tensor, raw: Logprobs, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores, beams and tokens of the candidates, each [candidates]."""
-        vocab, count = logits.shape[1], self._rules.candidates
-        untouched = generator is None and not self._shared.processors and not self._shared.observer.mend
+    def _needs_no_scores(self, logits: Tensor) -> bool:
+        """Whether the best continuations can be found without writing down all scores."""
+        observer = self._shared.observer
+        untouched = self.seed is None and not self._shared.processors and not observer.mend
         # In float32 the scores are transformers' to the last bit, which takes PyTorch's own log-softmax.
-        if untouched and count <= vocab and logits.dtype != torch.float32:
-            scores, chosen = raw.best(self._beams.scores, count)
+        narrow = logits.dtype != torch.float32 and self._rules.candidates <= logits.shape[1]
+        return untouched and narrow and not observer.output_scores
+
+    def _draw(
+        self, processed: Tensor | None, raw: Logprobs, vocab: int, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores, beams and tokens of the candidates, each [candidates]."""
+        if processed is None:
+            scores, chosen = raw.best(self._beams.scores, self._rules.candidates)
         else:
-            flat = self._scores(logits, raw).reshape(-1)
-            chosen = _draw(flat, count, generator)
+            flat = (processed + self._beams.scores[:, None]).reshape(-1)
+            chosen = _draw(flat, self._rules.candidates, generator)
             scores = flat[chosen]
         return scores, chosen // vocab, chosen % vocab
 
-    def _scores(self, logits: Tensor, raw: Logprobs) -> Tensor:
-        """float32[num_beams, vocab]: the score of each beam continued by each token."""
+    def _processed(self, logits: Tensor, raw: Logprobs) -> Tensor:
+        """float32[num_beams, vocab]: what the processors make of each beam's log-probabilities."""
         logprobs = torch.log_softmax(logits.float(), dim=-1) if self._shared.observer.mend else raw.all
         logprobs = logprobs.expand(self._rules.num_beams, -1)
         if self._shared.processors:
             # A processor may write into what it is given.
-            logprobs = self._shared.process(self._beams.sequences, logprobs.clone())
-        return logprobs + self._beams.scores[:, None]
+            return self._shared.process(self._beams.sequences, logprobs.clone())
+        return logprobs
 
     def _candidates(self, scores: Tensor, beams: Tensor, tokens: Tensor) -> tuple[Candidates, Tensor | None]:
         """The candidates of this step, and which of them met a stop string or criterion."""
@@ -173,11 +181,23 @@ class BeamSearch:
             score=score,
             top_logprobs=path.top_logprobs,
             logits=path.logits,
+            scores=path.scores,
+            beams=path.rows,
         )
+
+    def rows_seen(self) -> Seen:
+        """Logits and scores of all running beams, of each step, as far as they were asked for."""
+        beams = self._rules.num_beams
+        return Seen([rows.float().expand(beams, -1) for rows in self._trace.logits], self._trace.scores)
+
+    @property
+    def fill(self) -> int:
+        """PAD or EOS, as transformers chooses; -1 where there is no EOS."""
+        return self._shared.fill
 
     def sequences(self) -> Tensor:
         """int64[num_return_sequences, prompt + longest], short ones filled as transformers does."""
-        return filled(self._prompt_ids, [found.token_ids for found in self.results()], self._shared.fill)
+        return filled(self._prompt_ids, [found.token_ids for found in self.results()], self.fill)
 
 
 def _start(prompt_ids: list[int], num_beams: int, device: torch.device) -> Beams:

@@ -111,6 +111,19 @@ class Candidates:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What all running beams saw, beside what a hypothesis keeps of its own path.
+
+    Attributes:
+        logits: a float32[num_beams, vocab] for each step, before any processing; empty unless they were asked for.
+        scores: the same for log-probabilities after processing.
+    """
+
+    logits: list[Tensor]
+    scores: list[Tensor]
+
+
+@dataclass(frozen=True)
 class BeamStep(Step):
     """A `Step` with what the next one needs.
 

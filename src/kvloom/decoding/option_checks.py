@@ -162,6 +162,7 @@ CHECKS: dict[str, Check] = {
     "bos_token_id": _TOKEN,
     "decoder_start_token_id": _IDS,
     "output_logits": _FLAG,
+    "output_scores": _FLAG,
     "top_logprobs": _integer(0),
     "seed": Check("an integer from 0 up to but below 2**64", _seed),
 }

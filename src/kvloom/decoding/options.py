@@ -82,6 +82,7 @@ class Options:
     bos_token_id: int | None = None
     decoder_start_token_id: tuple[int, ...] | None = None
     output_logits: bool = False
+    output_scores: bool = False
     top_logprobs: int = 0
     seed: int | None = None
     max_position_embeddings: int | None = None

@@ -67,7 +67,6 @@ REFUSED: dict[str, Refusal] = {
     "prefill_chunk_size": Refusal("KVLoom chooses the chunks of a prompt itself"),
     "continuous_batching_config": Refusal("KVLoom schedules requests itself"),
     "compile_config": Refusal("KVLoom does not compile the model"),
-    "output_scores": Refusal("ask for `output_logits` or `top_logprobs`"),
     "output_attentions": Refusal("attention weights are never materialised"),
     "output_hidden_states": Refusal("hidden states are not kept"),
     "prefix_allowed_tokens_fn": Refusal("pass `transformers.PrefixConstrainedLogitsProcessor` as a `logits_processor`"),
@@ -82,6 +81,7 @@ REFUSED: dict[str, Refusal] = {
     "negative_prompt_ids": Refusal(_CALL),
     "negative_prompt_attention_mask": Refusal(_CALL),
     "custom_generate": Refusal(_CALL),
+    "trust_remote_code": Refusal(_CALL),
     "synced_gpus": Refusal(_CALL),
 }
 

@@ -61,6 +61,11 @@ class GreedyOrSampling:
         return not self._live
 
     @property
+    def fill(self) -> int:
+        """PAD, or the first EOS where there is no PAD; -1 where there is neither."""
+        return self._shared.fill
+
+    @property
     def rows(self) -> int:
         """1 for the first decision, then the number of sequences that go on."""
         return len(self._live) if len(self._trace) or self.done else 1
@@ -71,9 +76,10 @@ class GreedyOrSampling:
         assert logits.shape[0] == self.rows, f"{logits.shape[0]} rows of logits for {self.rows} sequences"
         parents = self._parents()
         raw = self._shared.observer.logprobs(logits)
-        tokens, logprobs = self._choose(logits, raw, parents)
+        scores = None if self._takes_the_likeliest else self._processed(self._fan_out(logits.float()))
+        tokens, logprobs = self._choose(scores, raw, parents)
         stops = self._shared.stopping.check(self._history.followed_by(tokens))
-        extras = self._shared.observer.extras(logits, raw)
+        extras = self._shared.observer.extras(logits, raw, scores)
         return SamplingStep(
             tokens=tokens,
             parents=parents,
@@ -97,12 +103,18 @@ class GreedyOrSampling:
         # A processor may write into the scores; the logits are the engine's.
         return self._shared.process(self._history.rows.contiguous(), scores.clone())
 
-    def _choose(self, logits: Tensor, raw: Logprobs, parents: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def _takes_the_likeliest(self) -> bool:
+        """Whether the logits alone decide, so that no scores need be written down."""
+        observer = self._shared.observer
+        untouched = self._uniforms is None and not self._shared.processors and not observer.mend
+        return untouched and not observer.output_scores
+
+    def _choose(self, scores: Tensor | None, raw: Logprobs, parents: Tensor) -> tuple[Tensor, Tensor]:
         """The token of each row, int64[rows], and its log-probability; NaN where no token was possible at all."""
-        if self._uniforms is None and not self._shared.processors and not self._shared.observer.mend:
+        if scores is None:
             likeliest, logprobs = raw.likeliest
             return self._fan_out(likeliest[:, None])[:, 0], self._fan_out(logprobs[:, None])[:, 0]
-        scores = self._processed(self._fan_out(logits.float()))
         if self._uniforms is None:
             tokens = scores.argmax(dim=-1)
             possible = scores.gather(1, tokens[:, None])[:, 0] > -torch.inf
@@ -136,13 +148,14 @@ class GreedyOrSampling:
                 finish_reason=self._shared.stopping.reason(path.token_ids[-1], path.stopped),
                 top_logprobs=path.top_logprobs,
                 logits=path.logits,
+                scores=path.scores,
             )
             for path in paths
         ]
 
     def sequences(self) -> Tensor:
         """int64[num_return_sequences, prompt + longest], short ones filled with PAD as transformers does."""
-        return filled(self._prompt_ids, [found.token_ids for found in self.results()], self._shared.fill)
+        return filled(self._prompt_ids, [found.token_ids for found in self.results()], self.fill)
 
 
 def invert_cdf(scores: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:

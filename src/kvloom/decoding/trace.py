@@ -26,11 +26,14 @@ class Extras:
     Attributes:
         top_ids, top_logprobs: int64 and float32[rows, k], likeliest first; None unless asked for.
         logits: float[rows, vocab], in the dtype the model gave them; None unless asked for.
+        scores: float32[rows, vocab], what the processors made of them; None unless asked for. In the first step one
+            row for each candidate sequence, all alike.
     """
 
     top_ids: Tensor | None = None
     top_logprobs: Tensor | None = None
     logits: Tensor | None = None
+    scores: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -41,23 +44,26 @@ class Observer:
         top_logprobs: how many alternatives a step; 0 for none.
         output_logits: whether to keep the logits themselves.
         mend: report NaN and infinite logits as `remove_invalid_values` lets the decoder see them.
+        output_scores: whether to keep what the processors make of the logits.
     """
 
     top_logprobs: int = 0
     output_logits: bool = False
     mend: bool = False
+    output_scores: bool = False
 
     def logprobs(self, logits: Tensor) -> Logprobs:
         """The log-softmax of `logits`, float[rows, vocab], before any processor."""
         return Logprobs(torch.nan_to_num(logits.float(), nan=0.0) if self.mend else logits)
 
-    def extras(self, logits: Tensor, logprobs: Logprobs) -> Extras:
+    def extras(self, logits: Tensor, logprobs: Logprobs, scores: Tensor | None) -> Extras:
         """What to keep of a step; copies, as the engine may reuse its buffer."""
         top = logprobs.all.topk(self.top_logprobs, dim=-1) if self.top_logprobs else None
         return Extras(
             top_ids=None if top is None else top.indices,
             top_logprobs=None if top is None else top.values,
             logits=logits.clone() if self.output_logits else None,
+            scores=scores.clone() if self.output_scores and scores is not None else None,
         )
 
 
@@ -81,23 +87,33 @@ class Record:
 
 @dataclass(frozen=True)
 class Path:
-    """A sequence, read back from its last candidate. `top_logprobs` and `logits` only if asked for."""
+    """A sequence, read back from its last candidate; `rows` are those that its tokens continued.
+
+    `top_logprobs`, `logits` and `scores` only if asked for.
+    """
 
     token_ids: list[int]
+    rows: list[int]
     logprobs: list[float]
     stopped: bool
     top_logprobs: list[TopLogprobs] | None
     logits: Tensor | None
+    scores: Tensor | None
 
 
 class Trace:
-    """The steps so far."""
+    """The steps so far.
+
+    Attributes:
+        logits, scores: of each step the rows that were asked to be kept; see `Extras`. Empty unless asked for.
+    """
 
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
         self._tokens, self._parents, self._logprobs, self._kept = (_Column() for _ in range(4))
         self._stopped, self._top_ids, self._top_logprobs = (_Column() for _ in range(3))
-        self._logits: list[Tensor] = []
+        self.logits: list[Tensor] = []
+        self.scores: list[Tensor] = []
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -114,7 +130,9 @@ class Trace:
             self._top_ids.append(record.extras.top_ids)
             self._top_logprobs.append(record.extras.top_logprobs)
         if record.extras.logits is not None:
-            self._logits.append(record.extras.logits)
+            self.logits.append(record.extras.logits)
+        if record.extras.scores is not None:
+            self.scores.append(record.extras.scores)
 
     def paths(self, ends: Sequence[tuple[int, int]]) -> list[Path]:
         """The sequences that end with the given `(step, candidate)`; a negative step is an empty sequence."""
@@ -134,15 +152,18 @@ class Trace:
         asked = self._observer
         return Path(
             token_ids=[steps.tokens[step][candidate] for step, candidate, _ in visits],
+            rows=[row for _, _, row in visits],
             logprobs=[steps.logprobs[step][candidate] for step, candidate, _ in visits],
             stopped=last >= 0 and bool(steps.stopped) and steps.stopped[last][candidate],
             top_logprobs=[steps.top(step, row) for step, _, row in visits] if asked.top_logprobs else None,
-            logits=self._logits_of(visits) if asked.output_logits else None,
+            logits=_visited(self.logits, visits) if asked.output_logits else None,
+            scores=_visited(self.scores, visits) if asked.output_scores else None,
         )
 
-    def _logits_of(self, visits: list[tuple[int, int, int]]) -> Tensor:
-        rows = [self._logits[step][row] for step, _, row in visits]
-        return torch.stack(rows).float() if rows else torch.empty(0, 0)
+
+def _visited(steps: list[Tensor], visits: list[tuple[int, int, int]]) -> Tensor:
+    rows = [steps[step][row] for step, _, row in visits]
+    return torch.stack(rows).float() if rows else torch.empty(0, 0)
 
 
 FOLDED_STEPS = 512

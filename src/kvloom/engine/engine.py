@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from kvloom.cache import CacheLayout, Codec, KVCache
+from kvloom.cache.placement import Placement
 from kvloom.cache.retention import Retention
 from kvloom.cache.snapshot import Origin, open_snapshot
 from kvloom.decoding import HostStep, Step, to_host
 from kvloom.engine.admission import Admission
 from kvloom.engine.children import children
 from kvloom.engine.events import Event, RequestFinished, StepDone
+from kvloom.engine.foreign import Pair
 from kvloom.engine.holding import Holding, Holdings
 from kvloom.engine.peaks import note_peaks
 from kvloom.engine.planner import default_budget_bytes, longest_kept
@@ -293,13 +295,27 @@ class Engine:
                 snapshot.check_origin(origin)
                 assert self.cache is not None, "a model without a cache has no origin"
                 placements = snapshot.placements(self.cache.layout)
-                self._admission.refuse_unless_possible(
-                    self.cache.blocks_and_open(tuple(len(own.runs) for own in placements), 1),
-                    f"a snapshot of {len(snapshot.token_ids):,} tokens",
-                    reserved=self._reserved(),
-                    remedy="or close contexts that are no longer needed",
-                )
+                self._refuse_unless_held(placements, f"a snapshot of {len(snapshot.token_ids):,} tokens")
                 return snapshot.token_ids, self._rows.restore(snapshot, placements)
+
+    def adopt(self, token_ids: list[int], pairs: Sequence[Pair]) -> Holding:
+        """A claimed holding of keys and values that were computed elsewhere; see `foreign.read_pairs`."""
+        with self._working():
+            self._check_open()
+            assert self.cache is not None, "pairs are read for a layout"
+            placements = self._rows.placements_needed(pairs[0][0].shape[1])
+            self._refuse_unless_held(placements, f"a cache for {len(token_ids):,} tokens")
+            return self._rows.adopt(token_ids, pairs, placements)
+
+    def _refuse_unless_held(self, placements: Sequence[Placement], what: str) -> None:
+        """Raise `CacheFull` if a context from elsewhere does not fit."""
+        assert self.cache is not None, "what is placed needs a cache"
+        self._admission.refuse_unless_possible(
+            self.cache.blocks_and_open(tuple(len(own.runs) for own in placements), 1),
+            what,
+            reserved=self._reserved(),
+            remedy="or close contexts that are no longer needed",
+        )
 
     def _origin(self) -> Origin:
         """What the keys and values of this engine depend on."""

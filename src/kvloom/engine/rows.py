@@ -10,19 +10,21 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvloom.attention import build_plan
 from kvloom.blocks import Mark, PoolExhausted
-from kvloom.cache import CachedSequence, Extension, KVCache, adopt_source, place_source, remember_source
+from kvloom.cache import CachedSequence, Extension, KVCache, Store, adopt_source, place_source, remember_source
 from kvloom.cache.placement import Placement
 from kvloom.cache.retention import Retention
 from kvloom.cache.snapshot import Origin, SnapshotReader, as_regime, write_snapshot
+from kvloom.engine.foreign import Pair
 from kvloom.engine.holding import Holding, Holdings
 from kvloom.engine.request import Row
 from kvloom.engine.retaining import begin, retain
-from kvloom.errors import CacheFull
+from kvloom.errors import CacheFull, InvalidRequest
 from kvloom.models import Binding, Media, Source
 from kvloom.models.binding import Regime
 
@@ -144,6 +146,8 @@ class CachedRows:
     def save(self, holding: Holding, token_ids: Sequence[int], path: str | os.PathLike[str], origin: Origin) -> None:
         """Write a holding's tables and what they hold into a file."""
         assert holding.cached is not None, "only tables can be saved"
+        if holding.cached.foreign:
+            raise InvalidRequest("a context that began with an imported cache cannot be saved. Prefill its token_ids.")
         regime = as_regime(holding.regime)
         write_snapshot(path, self._cache, holding.cached, token_ids=token_ids, regime=regime, origin=origin)
 
@@ -154,6 +158,33 @@ class CachedRows:
         try:
             snapshot.load(self._cache, cached)
             self.remember(row)
+        except BaseException:
+            self.close(row)
+            raise
+        return self.hold(row, claimed=True)
+
+    def placements_needed(self, tokens: int) -> list[Placement]:
+        """For each layer group, where the tokens lie that a sequence of `tokens` tokens must hold to go on."""
+        layout = self._cache.layout
+        firsts = [group.reach.first_needed(tokens) for group in layout.groups]
+        return [
+            Placement.of_positions(np.arange(first, tokens, dtype=np.int64), layout.block_tokens) for first in firsts
+        ]
+
+    def adopt(self, token_ids: list[int], pairs: Sequence[Pair], placements: Sequence[Placement]) -> Holding:
+        """A claimed holding of keys and values that were computed elsewhere, each [kv_heads, tokens, dim]."""
+        store, tokens, device = self._cache.store, pairs[0][0].shape[1], self._binding.device
+        if not isinstance(store, Store):
+            raise InvalidRequest("an int8 cache takes over no keys and values. Attach with `codec='native'`.")
+        cached = self._with_room(lambda: self._cache.place(placements, tokens=tokens))
+        cached.foreign = True
+        row = Row(token_ids, cached, self._binding.regime(tokens))
+        try:
+            for layer, group in enumerate(self._cache.layout.group_of_layer):
+                table = cached.tables[group]
+                held, slots = torch.from_numpy(table.positions()), torch.from_numpy(table.slots()).to(device)
+                keys, values = (part.index_select(1, held.to(part.device)).to(device) for part in pairs[layer])
+                store.write(layer, slots, keys, values)
         except BaseException:
             self.close(row)
             raise

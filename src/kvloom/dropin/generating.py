@@ -1,0 +1,173 @@
+"""`generate`: arguments in, requests through the engine, outputs out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, PrefixConstrainedLogitsProcessor, StoppingCriteria
+
+from kvloom.calls import Asked
+from kvloom.decoding import Options
+from kvloom.decoding.option_checks import CHECKS
+from kvloom.decoding.refusals import REFUSED
+from kvloom.dropin.outputs import Output, output_of, sequences_of
+from kvloom.dropin.padding import Batch, read_batch
+from kvloom.dropin.past import begin_with, carried_on
+from kvloom.dropin.remembering import language_model
+from kvloom.engine import Request
+from kvloom.errors import InvalidRequest, UnsupportedOption
+from kvloom.model import LanguageModel
+from kvloom.results import Generation
+from kvloom.stream import Stream
+
+AllowedTokens = Callable[[int, Tensor], list[int]]
+
+KVLOOM_ONLY = ("context", "retention", "seed", "top_logprobs", "decoder_input_ids")
+"""Options of `LanguageModel.generate` that a call of a decoder-only `model.generate` has no place for."""
+
+
+def generate(
+    model: Any,
+    inputs: Tensor | None = None,
+    generation_config: GenerationConfig | None = None,
+    logits_processor: Iterable[LogitsProcessor] | None = None,
+    stopping_criteria: Iterable[StoppingCriteria] | None = None,
+    prefix_allowed_tokens_fn: AllowedTokens | None = None,
+    *,
+    streamer: Any = None,
+    **kwargs: Any,
+) -> Tensor | Output:
+    """`model.generate(inputs, ...)` on the paged cache: the same arguments, and what transformers returns.
+
+    Each row of a batch is decoded without its padding, by a request of its own. `docs/dropin.md` lists every argument
+    and its state; what is not supported is refused by name.
+
+    Args:
+        model: a causal language model of transformers, attached at the first call and remembered for as long as it
+            lives; or a `LanguageModel`, whose budget and retention then hold.
+        inputs: int64[batch, width], padded on the left; `input_ids=` is the same.
+        generation_config, logits_processor, stopping_criteria, kwargs: those of `model.generate`. Processors and
+            criteria see the rows of one prompt at a time, without padding.
+        prefix_allowed_tokens_fn: called with the index of the prompt and its tokens so far; returns the ids allowed
+            next. Runs behind the processors that the options ask for.
+        streamer: gets the prompt, each token and the end; for a single sequence.
+
+    Samples follow `torch.manual_seed`: each prompt's seed is drawn from PyTorch's global generator. The numbers are not
+    those that transformers would draw.
+
+    Returns:
+        int64[batch * num_return_sequences, width + longest]; or with `return_dict_in_generate=True` transformers'
+        `GenerateDecoderOnlyOutput` or `GenerateBeamDecoderOnlyOutput`. Of `scores` and `logits`, rows that do not run
+        any more are zeros, where transformers has what it computes for padding.
+
+    Raises:
+        InvalidRequest: before anything is computed; `UnsupportedOption` and `UnknownOption` name the argument.
+        UnsupportedModel, CacheFull: as `attach` and `LanguageModel.generate` raise them.
+
+    Example::
+
+        outputs = model.generate(**inputs, max_new_tokens=64, num_beams=8)
+        outputs = kvloom.generate(model, **inputs, max_new_tokens=64, num_beams=8)
+    """
+    arguments = dict(kwargs)
+    lm = language_model(model, arguments.pop("tokenizer", None))
+    inputs = _one_of(inputs, arguments.pop("input_ids", None))
+    attention_mask, past = arguments.pop("attention_mask", None), arguments.pop("past_key_values", None)
+    arguments = _without_model_inputs(arguments, lm)
+    asked = Asked(None, generation_config, logits_processor, stopping_criteria, arguments)
+    options = lm.calls.options(asked)
+    batch = read_batch(inputs, attention_mask, options, device=lm.binding.device)
+    as_dict = _flag("return_dict_in_generate", arguments, generation_config, lm.generation_config)
+    options = _counted(options, batch, as_dict)
+    asked = replace(asked, context=begin_with(past, lm, batch, options))
+    requests = _requests(lm, batch, asked, options, prefix_allowed_tokens_fn)
+    generations = _run(lm, batch, requests, streamer)
+    past = None if past is None else carried_on(past, generations[0].context)
+    decoders = [request.decoder for request in requests]
+    return output_of(batch, decoders, options, past) if as_dict else sequences_of(batch, decoders)
+
+
+def _one_of(inputs: Tensor | None, input_ids: Tensor | None) -> Tensor | None:
+    if inputs is not None and input_ids is not None:
+        raise InvalidRequest("`inputs` and `input_ids` are the same argument. Pass one of them.")
+    return input_ids if inputs is None else inputs
+
+
+def _without_model_inputs(arguments: dict[str, Any], lm: LanguageModel) -> dict[str, Any]:
+    """The options of a call: what transformers would pass on to the model's forward is refused, and None left out."""
+    for name in KVLOOM_ONLY:
+        if name in arguments:
+            raise UnsupportedOption(
+                f"`{name}` is not supported: a decoder-only `model.generate` has no such argument, a LanguageModel has."
+            )
+    forward = getattr(getattr(lm.binding, "model", None), "forward", None)
+    inputs = {} if forward is None else inspect.signature(forward).parameters
+    for name in inputs.keys() & arguments.keys() - CHECKS.keys() - REFUSED.keys():
+        if arguments.pop(name) is not None:
+            raise UnsupportedOption(f"`{name}` is not supported: of the model's inputs only token ids are taken.")
+    return arguments
+
+
+def _flag(name: str, arguments: dict[str, Any], *configs: GenerationConfig | None) -> bool:
+    values = [arguments.get(name), *(getattr(config, name, None) for config in configs)]
+    value = next((value for value in values if value is not None), False)
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"`{name}` must be True or False, but is {value!r}.")
+    return value
+
+
+def _counted(options: Options, batch: Batch, as_dict: bool) -> Options:
+    """The options with lengths in new tokens, as transformers counts `max_length` and `min_length` with the padding."""
+    lengths = options.lengths(batch.width)
+    least = min(lengths.minimum - batch.width, lengths.new_tokens)
+    return replace(
+        options,
+        max_length=None,
+        max_new_tokens=lengths.new_tokens,
+        min_length=0,
+        min_new_tokens=least if least > 0 else None,
+        output_scores=options.output_scores and as_dict,
+        output_logits=options.output_logits and as_dict,
+    )
+
+
+def _requests(
+    lm: LanguageModel, batch: Batch, asked: Asked, options: Options, allowed: AllowedTokens | None
+) -> list[Request]:
+    """A request for each prompt of the batch."""
+    requests = []
+    for index, prompt in enumerate(batch.prompts):
+        own = asked if allowed is None else replace(asked, logits_processor=_constrained(asked, allowed, index))
+        seed = int(torch.randint(2**32, ())) if options.do_sample else None
+        # A context that the call begins with holds the whole prompt.
+        new = prompt if asked.context is None else None
+        requests += lm.calls.requests(new, own, replace(options, seed=seed))[0]
+    return requests
+
+
+def _constrained(asked: Asked, allowed: AllowedTokens, index: int) -> list[Any]:
+    constraint = PrefixConstrainedLogitsProcessor(lambda _, token_ids: allowed(index, token_ids), num_beams=1)
+    return [*(asked.logits_processor or ()), constraint]
+
+
+def _run(lm: LanguageModel, batch: Batch, requests: list[Request], streamer: Any) -> list[Generation]:
+    """Every sequence of every request. What they hold is freed with them; the prefix index knows the tokens."""
+    if streamer is None:
+        lm.calls.submit(requests)
+        lm.engine.run(requests)
+        return [own for request in requests for own in lm.calls.results(request)]
+    if len(requests) > 1 or requests[0].max_rows > 1:
+        raise UnsupportedOption("`streamer` is not supported for beams or several sequences: it takes a single one.")
+    lm.calls.submit(requests)
+    with Stream(lm.engine, None, lm.calls, requests[0]) as pieces:
+        streamer.put(batch.padded.cpu())
+        for piece in pieces:
+            streamer.put(torch.tensor([piece.token_id]))
+        streamer.end()
+    assert pieces.result is not None, "an exhausted stream has a result"
+    return [pieces.result]
