@@ -37,17 +37,18 @@ def test_the_table_names_every_setting_and_every_figure_within_80_columns() -> N
     lines = result.stdout.splitlines()
     assert all(len(line) <= 80 for line in lines) and "…" not in result.stdout
     text = " ".join(result.stdout.split())
-    for words in ("contexts of 96 tokens", "3 positions of 1 passages", "of 2 questions answered"):
+    for words in ("contexts of 96 tokens", "3 positions of 1 passages", "of 2 questions answered", "int8 keep KL"):
         assert words in text
-    table = text.partition(" native keep KL top-1 NLL recall bytes step")[2]
-    assert table.index("full 100%") < table.index("recent 50%") < table.index("last-query 50%")
+    for codec in ("native", "int8"):
+        table = text.partition(f" {codec} keep KL top-1 NLL recall bytes step")[2]
+        assert table.index("full 100%") < table.index("recent 50%") < table.index("last-query 50%")
     assert "full 100% 0.000 100% +0.000" in text
     assert "Controls, which know nothing: recent." in text
 
 
 def test_json_holds_every_outcome_and_every_answer_and_the_picture_is_written(tmp_path: Path) -> None:
     plot = tmp_path / "quality.png"
-    result = run("--quality", *SHORT, "--json", "--plot", plot)
+    result = run("--quality", *SHORT, "--codec", "native", "--json", "--plot", plot)
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
     assert [(own["policy"], own["keep"], own["codec"]) for own in report["outcomes"]] == [
@@ -78,7 +79,7 @@ def test_every_policy_and_codec_can_be_drawn_whether_or_not_anything_is_recalled
             cache_bytes=int(1e6 * own.keep * (1 if own.codec == "native" else 0.55)),
             step_seconds=0.01,
         )
-        for own in all_settings(POLICIES, (0.5, 0.25), ("native",))
+        for own in all_settings(POLICIES, (0.5, 0.25), ("native", "int8"))
     ]
     facts = {"dtype": "float32", "device": "cpu", "threads": 1, "context_tokens": 64, "passages": 1, "positions": 2}
     report = QualityReport(**facts, recall_texts=1, seed=0, nll=3.0, outcomes=tuple(outcomes))

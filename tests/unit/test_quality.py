@@ -164,8 +164,9 @@ def test_the_demonstration_model_recalls_what_is_kept_and_nothing_else() -> None
 
 
 def test_settings_begin_with_the_full_cache_and_have_every_policy_at_every_share_under_every_codec() -> None:
-    settings = all_settings(["recent", "random", "recent"], [0.5, 0.25], ["native"])
-    assert settings[0] == REFERENCE and len(settings) == len(set(settings)) == 1 + 2 * 2
+    settings = all_settings(["recent", "random", "recent"], [0.5, 0.25], ["int8", "native"])
+    assert settings[0] == REFERENCE and len(settings) == len(set(settings)) == 2 * (1 + 2 * 2)
+    assert [own.codec for own in settings] == ["native"] * 5 + ["int8"] * 5
 
 
 @pytest.mark.parametrize(

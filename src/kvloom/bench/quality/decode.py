@@ -109,4 +109,4 @@ def held_bytes(engine: Engine, context: Context) -> int:
     holding = context.tables_for(engine)
     if engine.cache is None or holding is None or holding.cached is None:
         return 0
-    return engine.cache.bytes_of(engine.cache.blocks_held([holding.cached]))
+    return engine.cache.bytes_held([holding.cached])

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from kvloom.bench.quality.decode import UNCOUNTED, Decoded, Subject
 from kvloom.bench.quality.report import Answer, Outcome, QualityReport
-from kvloom.bench.quality.settings import CODECS, POLICIES, Setting, all_settings
+from kvloom.bench.quality.settings import POLICIES, Setting, all_settings
 from kvloom.bench.quality.texts import Passage, RecallText, cut_passages, plant_facts, read_text
+from kvloom.cache.codec import CODECS
 from kvloom.cache.retention.base import check_count
 from kvloom.engine import Engine
 from kvloom.errors import InvalidRequest
@@ -129,6 +130,7 @@ def model_under(lm: LanguageModel, setting: Setting) -> LanguageModel:
         lm.binding,
         budget_bytes=cache.store.allocated_bytes,
         block_tokens=cache.layout.block_tokens,
+        codec=setting.codec,
         block_bounds=setting.reads_by_bounds,
     )
     return LanguageModel(engine, lm.tokenizer, None)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from kvloom.bench.quality.controls import EveryKth, Random, Recent
+from kvloom.cache.codec import Codec, check_codec
 from kvloom.cache.retention import (
     CompressedPrompt,
     HeavyHitters,
@@ -20,9 +21,6 @@ from kvloom.errors import InvalidRequest, UnknownOption
 
 FULL = "full"
 """Everything is kept: what the others are compared with."""
-
-CODECS = ("native",)
-"""How keys and values can be kept."""
 
 SINK_TOKENS = 4
 OBSERVED_TOKENS = 32
@@ -56,7 +54,7 @@ class Setting:
 
     policy: str
     keep: float
-    codec: str
+    codec: Codec
 
     def __str__(self) -> str:
         kept = "" if self.policy == FULL else f" {self.keep:.3g}"
@@ -90,9 +88,9 @@ def all_settings(policies: Iterable[str], keeps: Sequence[float], codecs: Iterab
     settings = [REFERENCE]
     # By codec, the reference's first: each has a cache of its own.
     for codec in sorted(dict.fromkeys(codecs), key=lambda name: name != REFERENCE.codec):
-        _check_codec(codec)
-        settings.append(Setting(FULL, 1.0, codec))
-        settings += [Setting(policy, keep, codec) for policy, keep in product(policies, dict.fromkeys(keeps))]
+        kept = check_codec(codec)
+        settings.append(Setting(FULL, 1.0, kept))
+        settings += [Setting(policy, keep, kept) for policy, keep in product(policies, dict.fromkeys(keeps))]
     return tuple(dict.fromkeys(settings))
 
 
@@ -101,8 +99,3 @@ def _check_policy(name: str) -> None:
         close = difflib.get_close_matches(name, POLICIES, n=1)
         hint = f"Did you mean `{close[0]}`?" if close else f"There are {', '.join(POLICIES)}."
         raise UnknownOption(f"`policies={name}` does not exist. {hint}")
-
-
-def _check_codec(name: str) -> None:
-    if name not in CODECS:
-        raise InvalidRequest(f"`codecs={name}` does not exist: keys and values are kept as {' or '.join(CODECS)}.")
