@@ -236,9 +236,9 @@ def test_keys_in_a_wrong_slot_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = attach(BY_MODULES)
     write = Store.write
 
-    def misplaced(self: Store, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+    def misplaced(self: Store, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         moved = torch.where(slots % 16 == 7, slots - 1, slots) if layer == 1 else slots
-        write(self, layer, moved, keys, values)
+        return write(self, layer, moved, keys, values)
 
     monkeypatch.setattr(Store, "write", misplaced)
     assert "greedy: uncached, cached" in failed(lm.verify(max_new_tokens=6))
