@@ -32,7 +32,7 @@ def test_the_document_lists_every_family_of_the_installed_transformers_and_none_
 
 
 def test_most_families_that_let_attention_be_replaced_work() -> None:
-    # The goal is nine of ten. RoBERTa and its five kin, which count positions from their PAD id on, are what is missing.
+    # The goal is nine of ten. RoBERTa and its kin, which count positions from their PAD id on, are what is missing.
     lines = DOC.read_text().splitlines()
     rows = {line.split("|")[1].strip(" `"): line for line in lines if line.startswith("| `")}
     declared = [own.name for own in families.all_families() if own.declares_backend and own.name in rows]
