@@ -352,5 +352,5 @@ def test_a_codec_that_does_not_exist_is_refused_before_anything_is_loaded() -> N
 
 
 def test_a_model_whose_attention_is_not_ours_is_refused_in_one_sentence() -> None:
-    with pytest.raises(InvalidRequest, match=r"codec=int8.*the model computes its attention itself.*Use codec='native'"):
+    with pytest.raises(InvalidRequest, match=r"computes its attention itself.*Use codec='native'"):
         kvloom.attach(lambda token_ids: torch.zeros(*token_ids.shape, 9), vocab_size=9, codec="int8")
