@@ -328,6 +328,11 @@ inline void store(bf16* p, const f32x16& x) {
 }
 inline f32x16 load(const f16*) { return zeros(); }  // never called: has_f16 is false
 inline void store(f16*, const f32x16&) {}
+inline f32x16 load(const std::int8_t* p) {
+    f32x16 result;
+    for (int i = 0; i < lanes; ++i) result.v[i / 4][i % 4] = float(p[i]);
+    return result;
+}
 
 inline bf16x32 load_pairs(const bf16* p) { bf16x32 x; std::memcpy(&x, p, sizeof x); return x; }
 inline bf16x32 all_pairs(const bf16* p) {
@@ -399,7 +404,11 @@ inline i32x16 dot_words(i32x16 sum, const i32x16& a, const i32x16& b) {
     }
     return sum;
 }
-inline f32x16 floats(const i32x16& x) { return each([&](int i) { return float(std::int32_t(x.v[i])); }); }
+inline f32x16 floats(const i32x16& x) {
+    f32x16 result;
+    for (int i = 0; i < lanes; ++i) result.v[i / 4][i % 4] = float(std::int32_t(x.v[i]));
+    return result;
+}
 
 #endif
 
