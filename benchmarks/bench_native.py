@@ -19,7 +19,7 @@ from pathlib import Path
 
 import click
 import torch
-from bench_decoding import tell_facts
+from facts import tell_facts
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import click
 import torch
-from bench_decoding import tell_facts
+from facts import tell_facts
 from peers.protocol import Job, Timing
 from peers.weights import VOCABULARY, save
 from rich.console import Console

@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 import torch
-from bench_decoding import tell_facts
+from facts import tell_facts
 from peers.weights import make_model
 from rich.console import Console
 from rich.progress import Progress
