@@ -111,14 +111,8 @@ class KVCache:
     """
 
     def __init__(self, layout: CacheLayout, *, budget_bytes: int, device: torch.device) -> None:
-        blocks = layout.blocks_in(budget_bytes)
-        if blocks < 1:
-            raise CacheFull(
-                f"budget_bytes={budget_bytes:,} is below one block: a block of {layout.block_tokens} tokens "
-                f"takes {layout.total_bytes(1):,} bytes. Raise budget_bytes."
-            )
         self.layout = layout
-        self.blocks = blocks
+        self.blocks = blocks = layout.pool_blocks(budget_bytes)
         try:
             self.store = make_store(layout, blocks, device)
         except (RuntimeError, MemoryError) as error:
