@@ -275,7 +275,7 @@ class Calls:
         )
         if holding is not None:
             # A context that was asked for keeps the tables itself.
-            result.when_dropped(self._engine.release_unclaimed, holding)
+            result.when_dropped(self._engine.contexts.release_unclaimed, holding)
         return result
 
 

@@ -47,7 +47,7 @@ class Context:
         self._closed = False
         if holding is not None:
             holding.claimed = True
-            self._finalizer = weakref.finalize(self, engine.release, holding)
+            self._finalizer = weakref.finalize(self, engine.contexts.release, holding)
 
     @property
     def tokens(self) -> int:
@@ -121,7 +121,7 @@ class Context:
                 f"a context under {type(self.retention).__name__} cannot be saved: a file holds what full attention "
                 "has computed. Keep its token_ids, or prefill it with retention=None."
             )
-        self._engine.save(self.token_ids, self.tables_for(self._engine), path)
+        self._engine.contexts.save(self.token_ids, self.tables_for(self._engine), path)
 
     def export_cache(self) -> DynamicCache:
         """Keys and values as a `DynamicCache` of transformers; copies, of a batch of one.
@@ -156,7 +156,7 @@ class Context:
 
     def _cut(self, tokens: int) -> Context:
         holding = self.tables_for(self._engine)
-        forked = self._engine.fork_holding(holding, tokens)
+        forked = self._engine.contexts.fork(holding, tokens)
         media = None if self.media is None else self.media.cut(tokens)
         return Context(self._engine, self.token_ids[:tokens], forked, self.retention, source=self.source, media=media)
 

@@ -268,7 +268,7 @@ class LanguageModel:
         pairs = read_pairs(past_key_values, cache.layout)
         if pairs[0][0].shape[1] > len(ids):
             raise InvalidRequest(f"the cache holds {pairs[0][0].shape[1]} tokens; {len(ids)} token ids were passed.")
-        return Context(self.engine, ids, self.engine.adopt(ids, pairs))
+        return Context(self.engine, ids, self.engine.contexts.adopt(ids, pairs))
 
     def inspect(self, context: Context) -> Inspection:
         """What the cache holds of a context: its blocks, who else holds them, bytes a layer, keys and values.
@@ -295,7 +295,7 @@ class LanguageModel:
                 or adapters), dtype or codec; damaged or incomplete.
             CacheFull: the context does not fit; nothing was loaded.
         """
-        token_ids, holding = self.engine.restore(path)
+        token_ids, holding = self.engine.contexts.restore(path)
         return Context(self.engine, token_ids, holding)
 
     def score(
@@ -437,7 +437,7 @@ class LanguageModel:
         if self.engine.cache is None:
             logits = self._uncached_logits(token_ids, new) if all_logits else torch.empty(0)
             return logits, Context(self.engine, token_ids, None)
-        logits, extended = self.engine.compute(
+        logits, extended = self.engine.contexts.compute(
             token_ids,
             context=holding,
             logits_of=new if all_logits else 1,

@@ -98,7 +98,7 @@ def score(
     ]
     if normalize == "bytes":
         _check_bytes(texts)
-    scored = engine.score(
+    scored = engine.contexts.score(
         prompt_ids,
         token_ids,
         context=None if context is None else context.tables_for(engine),

@@ -20,6 +20,7 @@ import torch
 from hypothesis import settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
+from counting import available_blocks
 from kvloom.blocks import PoolExhausted
 from kvloom.blocks.table import COUNT, FIRST, Table
 from kvloom.cache import CachedSequence, CacheLayout, Extension, KVCache, LayerShape, Reach
@@ -77,7 +78,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache = cache_of(limited, block_tokens=block_tokens, blocks=blocks)
         self.limited = limited
         self.live: list[Sequence] = []
-        return self.open([0], b"", reuse=True)
+        return self.open([0], b"")
 
     def snapshot(self) -> list[object]:
         return [[(table.runs.tolist(), table.position) for table in sequence.cached.tables] for sequence in self.live]
@@ -108,18 +109,17 @@ class CacheMachine(RuleBasedStateMachine):
 
     # ---- the operations ---------------------------------------------------------------------------------
 
-    @rule(target=sequences, tokens=TOKENS, extra_key=EXTRA_KEYS, reuse=st.booleans())
-    def open(self, tokens: list[int], extra_key: bytes, reuse: bool) -> Sequence:
-        cached = self.cache.open(tokens, extra_key=extra_key, reuse=reuse)
+    @rule(target=sequences, tokens=TOKENS, extra_key=EXTRA_KEYS)
+    def open(self, tokens: list[int], extra_key: bytes) -> Sequence:
+        cached = self.cache.open(tokens, extra_key=extra_key)
         assert cached.tokens < len(tokens), "the last token's logits are needed, so it is never matched"
         assert cached.tokens % self.cache.layout.block_tokens == 0
-        assert reuse or not cached.tokens
         self.live.append(sequence := Sequence(cached, extra_key, tokens[: cached.tokens]))
         return sequence
 
     @rule(target=sequences, sequence=sequences, ending=TOKENS, extra_key=EXTRA_KEYS)
     def open_with_the_history_of_another(self, sequence: Sequence, ending: list[int], extra_key: bytes) -> Sequence:
-        return self.open(sequence.history + ending, extra_key, reuse=True)
+        return self.open(sequence.history + ending, extra_key)
 
     @rule(
         chosen=st.lists(sequences, min_size=1, max_size=4, unique_by=id),
@@ -129,7 +129,7 @@ class CacheMachine(RuleBasedStateMachine):
     def extend(self, chosen: list[Sequence], data: st.DataObject, fate: str) -> None:
         tokens = [data.draw(TOKENS) for _ in chosen]
         before = self.snapshot()
-        free_or_idle = self.cache.available_blocks
+        free_or_idle = available_blocks(self.cache)
         most = [
             sum(s.cached.tables[group].blocks_for(len(own)) for s, own in zip(chosen, tokens, strict=True))
             for group in range(2)
@@ -170,7 +170,7 @@ class CacheMachine(RuleBasedStateMachine):
         """Into a file and back, beside what is there; the invariants look at what was read."""
         if not sequence.history:
             return multiple()
-        free_or_idle, before = self.cache.available_blocks, self.snapshot()
+        free_or_idle, before = available_blocks(self.cache), self.snapshot()
         with tempfile.TemporaryDirectory() as folder, mock.patch("os.fsync"):
             path = f"{folder}/a.kv"
             write_snapshot(
@@ -276,7 +276,7 @@ def test_idle_blocks_are_reclaimed_when_a_sequence_needs_them(three_blocks: KVCa
     run(three_blocks, (old, 9))
     three_blocks.remember(old, list(range(9)))
     three_blocks.close(old)
-    assert three_blocks.available_blocks == 3
+    assert available_blocks(three_blocks) == 3
     assert [group.pool.free for group in three_blocks.groups] == [1, 1]
     assert three_blocks.open(range(9)).tokens == 8
     run(three_blocks, (three_blocks.open(), 4))
@@ -286,7 +286,7 @@ def test_an_extension_that_fails_leaves_no_block_behind(three_blocks: KVCache) -
     first, second = three_blocks.open(), three_blocks.open()
     with pytest.raises(PoolExhausted):
         three_blocks.extend([(first, 8), (second, 8)])
-    assert three_blocks.available_blocks == 3
+    assert available_blocks(three_blocks) == 3
     assert first.tokens == second.tokens == 0
 
 
@@ -301,7 +301,6 @@ def test_a_prefix_is_found_again_up_to_its_last_full_block_but_never_to_the_last
     assert cache.open(tokens).tokens == 12
     assert cache.open([*tokens, 99]).tokens == 16
     assert cache.open([*tokens[:11], 99, 99]).tokens == 8
-    assert cache.open(tokens, reuse=False).tokens == 0
     assert cache.open(tokens, extra_key=b"other").tokens == 0
     assert cache.open([]).tokens == cache.open([0]).tokens == 0
 

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from kvloom.cli import kvloom as command
-from kvloom.cli.params import ByteSize
+from kvloom.cli.values import ByteSize
 
 GENERATE = ["generate", "Once upon a time"]
 

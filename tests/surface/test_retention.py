@@ -142,7 +142,7 @@ def test_tables_that_were_given_up_are_computed_anew_under_the_policy() -> None:
     first = lm.generate(prompt, max_new_tokens=9, retention=SINKS, **GREEDY)
     options = {"max_new_tokens": 5, "output_logits": True, **GREEDY}
     kept = lm.generate([5], context=first.context, **options)
-    lm.engine._holdings.release_all()
+    lm.engine._keeping.holdings.release_all()
     anew = lm.generate([5], context=first.context, **options)
     assert kept.token_ids == anew.token_ids
     torch.testing.assert_close(kept.logits, anew.logits, rtol=1e-3, atol=1e-3)

@@ -113,7 +113,7 @@ def test_rows_whose_rotary_factors_change_with_length_are_planned_as_admission_r
     lm = kvloom.attach(tiny.tiny_model(family), budget_bytes=2_000_000)
     plan = lm.plan(prompt_tokens=40, max_new_tokens=12, num_beams=3)
     assert plan.groups[0].blocks == blocks
-    reserved = lm.engine._admission.worst_case(prompt_tokens=40, new_tokens=12, rows=3, context=None)
+    reserved = lm.engine._keeping.admission.worst_case(prompt_tokens=40, new_tokens=12, rows=3, context=None)
     assert reserved == (blocks,)
 
 

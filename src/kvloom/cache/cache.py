@@ -41,11 +41,6 @@ class GroupCache:
     pool: BlockPool
     index: PrefixIndex
 
-    @property
-    def available(self) -> int:
-        """Blocks that can be had: free, or idle in the prefix index."""
-        return self.pool.free + len(self.index.idle())
-
     def ensure_free(self, count: int) -> None:
         """Reclaim idle blocks until `count` are free, as far as there are any."""
         if self.pool.free < count:
@@ -111,14 +106,8 @@ class KVCache:
     """
 
     def __init__(self, layout: CacheLayout, *, budget_bytes: int, device: torch.device) -> None:
-        blocks = layout.blocks_in(budget_bytes)
-        if blocks < 1:
-            raise CacheFull(
-                f"budget_bytes={budget_bytes:,} is below one block: a block of {layout.block_tokens} tokens "
-                f"takes {layout.total_bytes(1):,} bytes. Raise budget_bytes."
-            )
         self.layout = layout
-        self.blocks = blocks
+        self.blocks = blocks = layout.pool_blocks(budget_bytes)
         try:
             self.store = make_store(layout, blocks, device)
         except (RuntimeError, MemoryError) as error:
@@ -147,18 +136,11 @@ class KVCache:
         return blocks if self.open_blocks is None else (*blocks, open_blocks)
 
     @property
-    def available_blocks(self) -> int:
-        """Blocks that a request can still have in every group: free ones and idle ones."""
-        return min(group.available for group in self.groups)
-
-    @property
     def blocks_in_use(self) -> int:
         """Blocks held by anyone, idle ones included, in the fullest group."""
         return max(group.pool.total - group.pool.free for group in self.groups)
 
-    def open(
-        self, tokens: Sequence[int] = (), *, extra_key: bytes = b"", marks: Sequence[Mark] = (), reuse: bool = True
-    ) -> CachedSequence:
+    def open(self, tokens: Sequence[int] = (), *, extra_key: bytes = b"", marks: Sequence[Mark] = ()) -> CachedSequence:
         """A new sequence that already holds the longest known prefix of `tokens`.
 
         The last token is never matched, because its logits produce the first output.
@@ -167,7 +149,7 @@ class KVCache:
             marks: what stands behind placeholder tokens, see `chain_digests`.
         """
         sequence = CachedSequence([Table(group.pool, self.layout.block_tokens) for group in self.groups])
-        if reuse and len(tokens) > 1:
+        if len(tokens) > 1:
             self._adopt_prefix(sequence, chain_digests(tokens[:-1], self.layout.block_tokens, extra_key, marks=marks))
         return sequence
 

@@ -11,6 +11,7 @@ import torch
 
 from kvloom.blocks.table import blocks_of
 from kvloom.cache.codec import Codec, sealed_bytes
+from kvloom.errors import CacheFull
 
 # Where full blocks are sealed, one block in so many can be open at once, and these in any case: every live sequence
 # and context ends in one.
@@ -193,6 +194,16 @@ class CacheLayout:
             middle = (fewest + too_many) // 2
             fewest, too_many = (middle, too_many) if self.total_bytes(middle) <= budget_bytes else (fewest, middle)
         return fewest
+
+    def pool_blocks(self, budget_bytes: int) -> int:
+        """The same; raises `CacheFull` if there is not one."""
+        blocks = self.blocks_in(budget_bytes)
+        if blocks < 1:
+            raise CacheFull(
+                f"budget_bytes={budget_bytes:,} is below one block: a block of {self.block_tokens} tokens "
+                f"takes {self.total_bytes(1):,} bytes. Raise budget_bytes."
+            )
+        return blocks
 
     def budget_for(self, blocks: int, *, open_blocks: int = 0) -> int:
         """The smallest budget that gives each group so many blocks, of which so many can be open at once."""

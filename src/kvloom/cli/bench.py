@@ -12,7 +12,7 @@ from kvloom.cli.bench_quality import run_quality
 from kvloom.cli.bench_speed import run_speed
 from kvloom.cli.figure import refuse_unless_plottable
 from kvloom.cli.group import Command
-from kvloom.cli.params import load_model, model_name, model_options, option
+from kvloom.cli.params import json_option, load_model, model_name, model_options, option, plot_option, quiet_option
 from kvloom.errors import InvalidRequest
 
 POSITIVE = click.IntRange(min=1)
@@ -114,16 +114,12 @@ SPEED, QUALITY = "Speed", "Quality"
     section=QUALITY,
     help="Of the facts, and of random choices.",
 )
-@option("--json", "as_json", is_flag=True, section="Output", help="Print one JSON object.")
-@option(
-    "--plot",
-    metavar="FILE.png",
-    type=click.Path(dir_okay=False, path_type=Path),
-    section="Output",
-    help="Draw it: one token's cost against the length of the sequence; with --quality, what is lost and recalled "
-    "against what is kept. Needs matplotlib.",
+@json_option("Output")
+@plot_option(
+    "Draw it: one token's cost against the length of the sequence; with --quality, what is lost and recalled "
+    "against what is kept."
 )
-@option("-q", "--quiet", is_flag=True, section="Output", help="No progress.")
+@quiet_option("Output", no="progress")
 @model_options
 @click.pass_context
 def bench(

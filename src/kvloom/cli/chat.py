@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvloom.cli.group import Command
-from kvloom.cli.params import imply_sampling, load_model, model_name, model_options, option, sampling_options
+from kvloom.cli.params import (
+    imply_sampling,
+    load_model,
+    model_name,
+    model_options,
+    model_settings,
+    option,
+    quiet_option,
+    sampling_options,
+)
 from kvloom.cli.retention import read_retention, retention_options
 from kvloom.cli.show import print_piece
 from kvloom.cli.terminal import complain, end_line, is_terminal, note
@@ -23,7 +32,6 @@ from kvloom.errors import InvalidRequest, KVLoomError
 if TYPE_CHECKING:
     from kvloom.conversation import Conversation
 
-MODEL_SETTINGS = ("model", "dtype", "device", "threads", "budget_bytes", "block_tokens", "codec")
 MAIN = "main"
 HELP = """\
 /undo          take back the last turn
@@ -48,7 +56,7 @@ Ctrl-C stops an answer; what was said so far stays."""
     section="Conversation",
     help="The most tokens of an answer; less where the model's context ends.",
 )
-@option("-q", "--quiet", is_flag=True, section="Conversation", help="No notes, no line about each turn.")
+@quiet_option("Conversation", no="notes, no line about each turn")
 @sampling_options
 @retention_options
 @model_options
@@ -61,7 +69,7 @@ def chat(system: str | None, quiet: bool, **options: Any) -> None:
     \b
     kvloom chat --model Qwen/Qwen2.5-0.5B-Instruct --system "Answer briefly."
     """
-    settings = {name: options.pop(name) for name in MODEL_SETTINGS}
+    settings = model_settings(options)
     retention = read_retention(options)
     given = {name: value for name, value in options.items() if value is not None}
     imply_sampling(given)

@@ -10,7 +10,7 @@ import click
 from kvloom import __version__
 from kvloom.cli import show
 from kvloom.cli.group import Command
-from kvloom.cli.params import load_model, option, silence_libraries
+from kvloom.cli.params import json_option, load_model, option, quiet_option, silence_libraries
 from kvloom.cli.terminal import stdout_console, waiting
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Command)
-@option("--json", "as_json", is_flag=True, section="Output", help="Print one JSON object.")
-@option("-q", "--quiet", is_flag=True, section="Output", help="No progress.")
+@json_option("Output")
+@quiet_option("Output", no="progress")
 @option(
     "--model",
     metavar="NAME",

@@ -9,7 +9,7 @@ import click
 
 from kvloom.cli.figure import refuse_unless_plottable
 from kvloom.cli.group import Command
-from kvloom.cli.params import load_model, model_name, model_options, option
+from kvloom.cli.params import load_model, model_name, model_options, option, plot_option, quiet_option
 from kvloom.cli.terminal import note
 from kvloom.errors import InvalidRequest
 
@@ -31,13 +31,7 @@ INDEX = click.IntRange(min=0)
     section="Output",
     help="Write the page here.",
 )
-@option(
-    "--plot",
-    metavar="FILE.png",
-    type=click.Path(dir_okay=False, path_type=Path),
-    section="Output",
-    help="Also draw a picture. Needs matplotlib.",
-)
+@plot_option("Also draw a picture.")
 @option(
     "--lang",
     type=click.Choice(["en", "zh"]),
@@ -46,7 +40,7 @@ INDEX = click.IntRange(min=0)
     section="Output",
     help="Language of the captions.",
 )
-@option("-q", "--quiet", is_flag=True, section="Output", help="No progress, no summary.")
+@quiet_option("Output", no="progress, no summary")
 @option("--layer", metavar="N", type=INDEX, section="Attention", help="Counted from 0.  [default: see --head]")
 @option(
     "--head",

@@ -15,18 +15,19 @@ from kvloom.cli import show
 from kvloom.cli.group import Command, in_words_of_the_command
 from kvloom.cli.meter import Meter
 from kvloom.cli.params import (
-    Alternatives,
-    TokenId,
     imply_sampling,
     load_model,
     model_name,
     model_options,
+    model_settings,
     option,
+    quiet_option,
     sampling_options,
 )
 from kvloom.cli.prompts import read_ids, read_prompt
 from kvloom.cli.retention import read_retention, retention_options
 from kvloom.cli.terminal import is_file, is_terminal, note
+from kvloom.cli.values import Alternatives, TokenId
 from kvloom.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from kvloom.results import Generation
 
 DEFAULT_NEW_TOKENS = 128
-MODEL_SETTINGS = ("model", "dtype", "device", "threads", "budget_bytes", "block_tokens", "codec")
 
 COUNT = click.IntRange(min=1)
 
@@ -73,7 +73,7 @@ COUNT = click.IntRange(min=1)
     section="Input and output",
     help="Show the probability of each token, and the K likeliest ones, on stderr.",
 )
-@option("-q", "--quiet", is_flag=True, section="Input and output", help="No progress, no notes, no summary.")
+@quiet_option("Input and output", no="progress, no notes, no summary")
 @option(
     "--max-new-tokens",
     metavar="N",
@@ -153,7 +153,7 @@ def generate(
     echo "Once upon a time" | kvloom generate --json | jq -r '.generations[0].text'
     """
     text = read_prompt(prompt, example='kvloom generate "Once upon a time"')
-    settings = {name: options.pop(name) for name in MODEL_SETTINGS}
+    settings = model_settings(options)
     retention = read_retention(options)
     if retention is not None and options["no_cache"]:
         raise click.UsageError("`--retention` and `--no-cache` contradict each other. Leave one away.")

@@ -26,7 +26,6 @@ class Meter:
         self._prompt_tokens = prompt_tokens
         self._new_tokens = new_tokens
         self._rows = rows
-        self._prompt_done = 0
         self._steps = 0
         self._first_token_at = self._last_token_at = time.perf_counter()
         self._progress: Progress | None = progress_bar() if bar else None
@@ -44,8 +43,6 @@ class Meter:
             if not self._steps:
                 self._first_token_at = self._last_token_at
             self._steps += 1
-        else:
-            self._prompt_done += event.prompt_tokens
         if self._progress is not None:
             self._draw(self._progress, event.pending_prompt_tokens)
 

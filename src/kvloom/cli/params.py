@@ -1,82 +1,55 @@
-"""Values of options, and the options that every command has."""
+"""Options that several commands have."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from kvloom.cli.group import Option
 from kvloom.cli.terminal import is_terminal, waiting
+from kvloom.cli.values import ByteSize
 
 if TYPE_CHECKING:
     from kvloom.model import LanguageModel
-
-    IntType = click.ParamType[int]
-    OptionalIntType = click.ParamType[int | None]
-else:
-    # Generic since click 8.4 only.
-    IntType = OptionalIntType = click.ParamType
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 option = partial(click.option, cls=Option)
 
+MODEL_SETTINGS = ("model", "dtype", "device", "threads", "budget_bytes", "block_tokens", "codec")
 IMPLY_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
-_SCALE = {"": 1}
-for _power, _letter in enumerate("KMGT", start=1):
-    _SCALE |= {_letter: 1024**_power, f"{_letter}I": 1024**_power, f"{_letter}IB": 1024**_power}
-    _SCALE |= {f"{_letter}B": 1000**_power}
+
+def decorated(function: Function, options: Sequence[Callable[[Function], Function]]) -> Function:
+    """A command with these options, which its help lists in this order."""
+    for decorate in reversed(options):
+        function = decorate(function)
+    return function
 
 
-class ByteSize(IntType):
-    """A number of bytes: 65536, 512MiB, 2GB. MiB and M count in 1,024s, MB in 1,000s."""
-
-    name = "bytes"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number of bytes that `value` says."""
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-        unit = match[2].upper().removesuffix("YTES").removesuffix("YTE") if match else ""
-        if unit == "B":
-            unit = ""
-        if match is None or unit not in _SCALE or (size := int(float(match[1]) * _SCALE[unit])) < 1:
-            self.fail(f"{value!r} is not a size such as 512MiB, 2GiB or 65536.", param, ctx)
-        return size
+def json_option(section: str) -> Callable[[Function], Function]:
+    """Print for programs, not for people."""
+    return option("--json", "as_json", is_flag=True, section=section, help="Print one JSON object.")
 
 
-class TokenId(OptionalIntType):
-    """A token id, or "none"."""
-
-    name = "id"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        """The id, None for "none"."""
-        if isinstance(value, int) or value is None or value.lower() == "none":
-            return value if isinstance(value, int) else None
-        if not value.isdecimal():
-            self.fail(f"{value!r} is neither a token id nor `none`.", param, ctx)
-        return int(value)
+def quiet_option(section: str, *, no: str) -> Callable[[Function], Function]:
+    """Nothing but the result; `no` says what is left out."""
+    return option("-q", "--quiet", is_flag=True, section=section, help=f"No {no}.")
 
 
-class Alternatives(IntType):
-    """How many alternatives to show; an option whose value may be left out swallows what stands behind it."""
-
-    name = "k"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number."""
-        if isinstance(value, int):
-            return value
-        if not value.isdecimal():
-            self.fail(f"{value!r} is not a number. Without one, write the option after the prompt.", param, ctx)
-        return int(value)
+def plot_option(what: str) -> Callable[[Function], Function]:
+    """A picture of the result; `what` says what it shows."""
+    return option(
+        "--plot",
+        metavar="FILE.png",
+        type=click.Path(dir_okay=False, path_type=Path),
+        section="Output",
+        help=f"{what} Needs matplotlib.",
+    )
 
 
 def codec_option(section: str) -> Callable[[Function], Function]:
@@ -128,9 +101,7 @@ def model_options(function: Function) -> Function:
         ),
         codec_option("Model"),
     ]
-    for decorate in reversed(options):
-        function = decorate(function)
-    return function
+    return decorated(function, options)
 
 
 def sampling_options(function: Function) -> Function:
@@ -188,9 +159,12 @@ def sampling_options(function: Function) -> Function:
             help="Subtracted from the logits of tokens written before. Needs no sampling.",
         ),
     ]
-    for decorate in reversed(options):
-        function = decorate(function)
-    return function
+    return decorated(function, options)
+
+
+def model_settings(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of `model_options` out of `options`: what `load_model` is given."""
+    return {name: options.pop(name) for name in MODEL_SETTINGS}
 
 
 def imply_sampling(given: dict[str, Any]) -> None:

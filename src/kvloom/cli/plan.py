@@ -11,9 +11,18 @@ from kvloom import __version__
 from kvloom.cli import show
 from kvloom.cli.figure import refuse_unless_plottable
 from kvloom.cli.group import Command
-from kvloom.cli.params import ByteSize, codec_option, model_name, option, silence_libraries
+from kvloom.cli.params import (
+    codec_option,
+    json_option,
+    model_name,
+    option,
+    plot_option,
+    quiet_option,
+    silence_libraries,
+)
 from kvloom.cli.retention import read_retention, retention_options
 from kvloom.cli.terminal import plain_table, stdout_console, waiting
+from kvloom.cli.values import ByteSize
 from kvloom.units import readable_bytes
 
 if TYPE_CHECKING:
@@ -57,16 +66,9 @@ LENGTH = click.IntRange(min=0)
     help="N of the beams are reported; without beams, N samples a prompt.  [default: 1]",
 )
 @option("--batch", metavar="N", type=COUNT, section="Request", help="So many prompts in one call.  [default: 1]")
-@option("--json", "as_json", is_flag=True, section="Output", help="Print one JSON object.")
-@option(
-    "--plot",
-    "plot",
-    metavar="FILE.png",
-    type=click.Path(dir_okay=False, path_type=Path),
-    section="Output",
-    help="Draw bytes of cache against length of prompt. Needs matplotlib.",
-)
-@option("-q", "--quiet", is_flag=True, section="Output", help="No progress.")
+@json_option("Output")
+@plot_option("Draw bytes of cache against length of prompt.")
+@quiet_option("Output", no="progress")
 @option(
     "--dtype",
     metavar="DTYPE",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from kvloom.cli.params import option
+from kvloom.cli.params import decorated, option
 
 if TYPE_CHECKING:
     from kvloom.cache.retention import Retention
@@ -83,9 +83,7 @@ def retention_options(function: Function) -> Function:
         option("--observed-tokens", **count, help="compressed-prompt: how many last queries vote.  [default: 32]"),
         option("--pooled-tokens", **count, help="compressed-prompt: neighbours that share a vote.  [default: 7]"),
     ]
-    for decorate in reversed(options):
-        function = decorate(function)
-    return function
+    return decorated(function, options)
 
 
 def read_retention(options: dict[str, Any]) -> Retention | None:

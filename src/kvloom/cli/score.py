@@ -11,7 +11,7 @@ import click
 
 from kvloom.cli import show
 from kvloom.cli.group import Command
-from kvloom.cli.params import load_model, model_name, model_options, option
+from kvloom.cli.params import json_option, load_model, model_name, model_options, option, quiet_option
 from kvloom.cli.prompts import read_ids, read_prompt
 from kvloom.cli.terminal import stderr_console, stdout_console, waiting
 from kvloom.errors import InvalidRequest
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     section="Input and output",
     help="The prompt and the continuations are token ids, with commas or spaces between.",
 )
-@option("--json", "as_json", is_flag=True, section="Input and output", help="Print one JSON object.")
-@option("-q", "--quiet", is_flag=True, section="Input and output", help="No progress, no summary.")
+@json_option("Input and output")
+@quiet_option("Input and output", no="progress, no summary")
 @option(
     "--normalize",
     metavar="HOW",

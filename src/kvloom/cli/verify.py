@@ -8,7 +8,7 @@ import click
 
 from kvloom.cli import show
 from kvloom.cli.group import Command
-from kvloom.cli.params import load_model, model_name, model_options, option
+from kvloom.cli.params import json_option, load_model, model_name, model_options, option, quiet_option
 from kvloom.cli.retention import read_retention, retention_options
 from kvloom.cli.terminal import counting_runs, stdout_console
 
@@ -19,8 +19,8 @@ STYLES = {"bit-identical": "green", "equal": "green", "near tie": "yellow", "fai
 
 
 @click.command(cls=Command)
-@option("--json", "as_json", is_flag=True, section="Input and output", help="Print one JSON object.")
-@option("-q", "--quiet", is_flag=True, section="Input and output", help="No progress.")
+@json_option("Input and output")
+@quiet_option("Input and output", no="progress")
 @option(
     "--prompt",
     "prompts",

@@ -20,13 +20,17 @@ Blocks = tuple[int, ...]
 
 
 class Admission:
-    """Counts what may still be promised of one cache's blocks."""
+    """Counts what may still be promised of one cache's blocks.
+
+    Attributes:
+        step_tokens: the most tokens of a prompt that one pass computes; a window keeps that much more for a moment.
+    """
 
     def __init__(self, cache: KVCache, holdings: Holdings, binding: Binding, *, step_tokens: int) -> None:
         self._cache = cache
         self._holdings = holdings
         self._binding = binding
-        self._step_tokens = step_tokens
+        self.step_tokens = step_tokens
 
     def worst_case(
         self,
@@ -45,7 +49,7 @@ class Admission:
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             rows=rows,
-            step_tokens=self._step_tokens,
+            step_tokens=self.step_tokens,
             retention=retention,
             source_tokens=0 if source is None else source.tokens,
         )

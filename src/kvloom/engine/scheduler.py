@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from kvloom.engine.request import Request, Row
 
+STEP_TOKENS = 512
+"""The most prompt tokens that a step computes, unless told otherwise."""
+
 
 @dataclass(frozen=True)
 class Scheduled:

@@ -30,8 +30,8 @@ def recompute(engine: Engine, prompt: list[int], decoded: Decoded) -> Tensor:
     """float32[new tokens, vocab]: the logits behind each new token of a run, from one pass over all of them."""
     if not decoded.token_ids:
         return decoded.logits  # of a run that gave no numbers
-    logits, holding = engine.compute([*prompt, *decoded.token_ids[:-1]], logits_of=len(decoded.token_ids))
-    engine.release(holding)
+    logits, holding = engine.contexts.compute([*prompt, *decoded.token_ids[:-1]], logits_of=len(decoded.token_ids))
+    engine.contexts.release(holding)
     return logits.float().cpu()
 
 

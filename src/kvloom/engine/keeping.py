@@ -1,0 +1,58 @@
+"""The cache of an engine, and what goes with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvloom.cache import CacheLayout, Codec, KVCache
+from kvloom.engine.admission import Admission
+from kvloom.engine.holding import Holdings
+from kvloom.engine.planner import default_budget_bytes, longest_kept
+from kvloom.engine.rows import CachedRows
+from kvloom.models import Binding
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What a model that keeps keys and values is run with.
+
+    Attributes:
+        cache: where it keeps them.
+        holdings: tables that outlive their request.
+        admission: who may start.
+        rows: sequences that are open, or run.
+    """
+
+    cache: KVCache
+    holdings: Holdings
+    admission: Admission
+    rows: CachedRows
+
+    @classmethod
+    def on(cls, cache: KVCache, binding: Binding, *, step_tokens: int) -> Keeping:
+        """All of it, on one cache."""
+        holdings = Holdings(cache)
+        return cls(
+            cache,
+            holdings,
+            Admission(cache, holdings, binding, step_tokens=step_tokens),
+            CachedRows(binding, cache, holdings),
+        )
+
+
+def make_cache(
+    binding: Binding, *, budget_bytes: int | None, block_tokens: int, codec: Codec, block_bounds: bool
+) -> KVCache | None:
+    """A cache for the layers of a model; None if it shows none. By default the budget of `default_budget_bytes`."""
+    if not binding.layers:
+        return None
+    layout = CacheLayout(
+        layers=binding.layers,
+        dtype=binding.dtype,
+        block_tokens=block_tokens,
+        block_bounds=block_bounds,
+        codec=codec,
+    )
+    if budget_bytes is None:
+        budget_bytes = default_budget_bytes(layout, max_tokens=longest_kept(binding), device=binding.device)
+    return KVCache(layout, budget_bytes=budget_bytes, device=binding.device)
