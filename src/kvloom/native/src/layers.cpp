@@ -5,15 +5,9 @@
 #include <algorithm>
 #include <cstring>
 
+#include "attention.h"
 #include "linear.h"
 #include "small.h"
-
-// Attention of a step's new tokens in one layer; see attention.cpp.
-extern "C" void kvloom_attend(
-    int element, const std::int32_t* schedule, std::int64_t kv_heads, std::int64_t group, std::int64_t key_dim,
-    std::int64_t value_dim, const void* queries, std::int64_t query_token_stride, std::int64_t query_head_stride,
-    const void* keys, std::int64_t key_head_stride, const void* values, std::int64_t value_head_stride,
-    const void* sealed, const float* sinks, float scale, float softcap, void* out, void* memory, int threads);
 
 namespace kvloom {
 

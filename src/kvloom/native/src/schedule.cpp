@@ -115,7 +115,7 @@ public:
     // Lays the parts out one behind the other; returns how many numbers they are, written or not.
     std::int64_t write(std::int32_t* out, std::int64_t capacity) {
         close_set();
-        const Header header{count(sets_), count(tokens_), count(strides_), count(slots_) / block_positions, widest_, {}};
+        const Header header{count(sets_), count(tokens_), count(strides_), count(slots_) / block_positions, widest_, kinds_ == 2, {}};
         const std::int64_t need = std::int64_t(sizeof(Header) + bytes(sets_) + bytes(tokens_) + bytes(strides_) + bytes(slots_)) / 4;
         if (need > capacity) return need;
         char* to = reinterpret_cast<char*>(out);

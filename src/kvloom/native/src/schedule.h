@@ -16,7 +16,7 @@ namespace kvloom {
 constexpr int block_positions = 64;
 constexpr int partition_blocks = 4;
 
-struct Header { std::int32_t sets, tokens, strides, blocks, widest, unused[3]; };
+struct Header { std::int32_t sets, tokens, strides, blocks, widest, sealed, unused[2]; };
 struct Set { std::int32_t first_token, tokens, first_stride, strides; };
 // In the ragged row; the positions that it sees, both inclusive; the first one of its own block, 0 if nothing is sealed.
 struct Token { std::int32_t row, low, high, own; };

@@ -126,6 +126,7 @@ inline f32x16 where_not_less(f32x16 a, f32x16 b, f32x16 x) {
 struct i32x16 { __m512i v; };
 inline i32x16 no_sums() { return {_mm512_setzero_si512()}; }
 inline i32x16 load_words(const std::uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline void store_words(std::uint32_t* p, i32x16 x) { _mm512_storeu_si512(p, x.v); }
 inline i32x16 all_words(const std::int16_t* pair) { std::int32_t word; std::memcpy(&word, pair, 4); return {_mm512_set1_epi32(word)}; }
 // Of four codes the first and third, or the second and fourth, as 16-bit numbers.
 inline i32x16 even_codes(i32x16 x) { return {_mm512_srai_epi16(_mm512_slli_epi16(x.v, 8), 8)}; }
@@ -139,6 +140,26 @@ inline i32x16 dot_words(i32x16 sum, i32x16 a, i32x16 b) {
 #endif
 }
 inline f32x16 floats(i32x16 x) { return {_mm512_cvtepi32_ps(x.v)}; }
+inline i32x16 size_bits(f32x16 x) { return {_mm512_and_si512(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x7fffffff))}; }
+inline i32x16 max(i32x16 a, i32x16 b) { return {_mm512_max_epi32(a.v, b.v)}; }
+inline f32x16 floats_of_bits(i32x16 x) { return {_mm512_castsi512_ps(x.v)}; }
+inline i32x16 highest_of_each(const i32x16* x) {
+    __m512i a[16];
+    for (int i = 0; i < 8; ++i)
+        a[i] = _mm512_max_epi32(_mm512_unpacklo_epi32(x[2 * i].v, x[2 * i + 1].v), _mm512_unpackhi_epi32(x[2 * i].v, x[2 * i + 1].v));
+    for (int i = 0; i < 4; ++i)
+        a[i] = _mm512_max_epi32(_mm512_unpacklo_epi64(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_epi64(a[2 * i], a[2 * i + 1]));
+    // a[i] has in each quarter the vectors 4 i to 4 i + 3.
+    const __m512i low = _mm512_max_epi32(_mm512_shuffle_i32x4(a[0], a[1], 0x44), _mm512_shuffle_i32x4(a[0], a[1], 0xee));
+    const __m512i high = _mm512_max_epi32(_mm512_shuffle_i32x4(a[2], a[3], 0x44), _mm512_shuffle_i32x4(a[2], a[3], 0xee));
+    return {_mm512_max_epi32(_mm512_shuffle_i32x4(low, high, 0x88), _mm512_shuffle_i32x4(low, high, 0xdd))};
+}
+// 32 floats as 16-bit integers, of each four the first, third, second and fourth.
+inline void store_integers(std::int16_t* to, f32x16 a, f32x16 b) {
+    const __m512i mixed = _mm512_packs_epi32(_mm512_cvtps_epi32(a.v), _mm512_cvtps_epi32(b.v));
+    const __m512i turned = _mm512_shuffle_epi8(mixed, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15)));
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), turned));
+}
 
 // ---- AVX2 -----------------------------------------------------------------------------------------------------
 
@@ -255,6 +276,7 @@ inline i32x16 load_words(const std::uint32_t* p) {
     const __m256i* raw = reinterpret_cast<const __m256i*>(p);
     return {_mm256_loadu_si256(raw), _mm256_loadu_si256(raw + 1)};
 }
+inline void store_words(std::uint32_t* p, i32x16 x) { std::memcpy(p, &x, sizeof x); }
 inline i32x16 all_words(const std::int16_t* pair) {
     std::int32_t word;
     std::memcpy(&word, pair, 4);
@@ -268,6 +290,21 @@ inline i32x16 dot_words(i32x16 sum, i32x16 a, i32x16 b) {
             _mm256_add_epi32(sum.high, _mm256_madd_epi16(a.high, b.high))};
 }
 inline f32x16 floats(i32x16 x) { return {_mm256_cvtepi32_ps(x.low), _mm256_cvtepi32_ps(x.high)}; }
+inline i32x16 size_bits(f32x16 x) {
+    const __m256i mask = _mm256_set1_epi32(0x7fffffff);
+    return {_mm256_and_si256(_mm256_castps_si256(x.low), mask), _mm256_and_si256(_mm256_castps_si256(x.high), mask)};
+}
+inline i32x16 max(i32x16 a, i32x16 b) { return {_mm256_max_epi32(a.low, b.low), _mm256_max_epi32(a.high, b.high)}; }
+inline f32x16 floats_of_bits(i32x16 x) { return {_mm256_castsi256_ps(x.low), _mm256_castsi256_ps(x.high)}; }
+inline __m256i integers_of(__m256 low, __m256 high) {
+    const __m256i mixed = _mm256_packs_epi32(_mm256_cvtps_epi32(low), _mm256_cvtps_epi32(high));
+    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+    return _mm256_permute4x64_epi64(_mm256_shuffle_epi8(mixed, _mm256_broadcastsi128_si256(order)), 0xd8);
+}
+inline void store_integers(std::int16_t* to, f32x16 a, f32x16 b) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), integers_of(a.low, a.high));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + lanes), integers_of(b.low, b.high));
+}
 
 // ---- elsewhere ------------------------------------------------------------------------------------------------
 
@@ -377,6 +414,7 @@ inline f32x16 where_not_less(const f32x16& a, const f32x16& b, const f32x16& x) 
 struct i32x16 { std::uint32_t v[lanes]; };
 inline i32x16 no_sums() { return {}; }
 inline i32x16 load_words(const std::uint32_t* p) { i32x16 x; std::memcpy(&x, p, sizeof x); return x; }
+inline void store_words(std::uint32_t* p, const i32x16& x) { std::memcpy(p, &x, sizeof x); }
 inline i32x16 all_words(const std::int16_t* pair) {
     i32x16 x;
     for (int i = 0; i < lanes; ++i) std::memcpy(&x.v[i], pair, 4);
@@ -408,6 +446,23 @@ inline f32x16 floats(const i32x16& x) {
     f32x16 result;
     for (int i = 0; i < lanes; ++i) result.v[i / 4][i % 4] = float(std::int32_t(x.v[i]));
     return result;
+}
+inline i32x16 size_bits(const f32x16& x) {
+    i32x16 result;
+    std::memcpy(&result, &x, sizeof x);
+    for (std::uint32_t& bits : result.v) bits &= 0x7fffffff;
+    return result;
+}
+inline i32x16 max(i32x16 a, const i32x16& b) {  // of numbers that are not negative
+    for (int i = 0; i < lanes; ++i) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+    return a;
+}
+inline f32x16 floats_of_bits(const i32x16& x) { f32x16 result; std::memcpy(&result, &x, sizeof x); return result; }
+inline void store_integers(std::int16_t* to, const f32x16& a, const f32x16& b) {
+    constexpr int order[4] = {0, 2, 1, 3};
+    const f32x16* both[2] = {&a, &b};
+    for (int i = 0; i < 2 * lanes; ++i)
+        to[i] = std::int16_t(nearest(*both[i / lanes]).v[i % lanes / 4][order[i % 4]]);
 }
 
 #endif
@@ -443,6 +498,20 @@ template <class Element> inline void store(Element* p, f32x16 x, int count) {
     store(whole, x);
     std::memcpy(p, whole, sizeof(Element) * count);
 }
+
+#if !defined(__AVX512F__)
+// Lane i is the highest lane of x[i], of numbers that are not negative; sixteen vectors.
+inline i32x16 highest_of_each(const i32x16* x) {
+    std::uint32_t highest[lanes];
+    for (int i = 0; i < lanes; ++i) {
+        std::uint32_t lane[lanes];
+        std::memcpy(lane, x + i, sizeof lane);
+        highest[i] = 0;
+        for (const std::uint32_t own : lane) highest[i] = own > highest[i] ? own : highest[i];
+    }
+    return load_words(highest);
+}
+#endif
 
 // e ** x, within 2 units in the last place; an exact zero below -87.33, so also for minus infinity. NaN stays NaN.
 // x = n ln 2 + r with |r| <= ln 2 / 2, and e ** r by its Taylor polynomial of degree 7.

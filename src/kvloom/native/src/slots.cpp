@@ -1,9 +1,11 @@
-// Slots of a store, copied within each of its tensors.
+// Slots of a store, written and copied.
 
 #include <cstdint>
 #include <cstring>
 
 #include "simd.h"
+
+using namespace kvloom;
 
 namespace {
 
@@ -17,6 +19,14 @@ struct Slots {  // [heads, slots, dim], in bytes
 struct Copy {
     std::int64_t source, target, count;  // slots
 };
+
+template <class E> void write(
+    E* store, std::int64_t store_head_stride, const E* rows, std::int64_t head_stride, std::int64_t token_stride,
+    const std::int64_t* slots, std::int64_t tokens, std::int64_t heads, std::int64_t dim) {
+    for (std::int64_t head = 0; head < heads; ++head)
+        for (std::int64_t token = 0; token < tokens; ++token)
+            std::memcpy(store + head * store_head_stride + slots[token] * dim, rows + head * head_stride + token * token_stride, std::size_t(dim) * sizeof(E));
+}
 
 }  // namespace
 
@@ -32,4 +42,12 @@ KVLOOM_EXPORT void kvloom_copy_slots(const Slots* tensors, std::int64_t tensor_c
                             own.data + head * own.head_stride + copy->source * own.slot_bytes,
                             std::size_t(copy->count * own.slot_bytes));
     }
+}
+
+// New rows [heads, tokens, dim], with strides in elements, into their slots of a store [heads, slots, dim].
+KVLOOM_EXPORT void kvloom_write(
+    int bytes, void* store, std::int64_t store_head_stride, const void* rows, std::int64_t head_stride, std::int64_t token_stride,
+    const std::int64_t* slots, std::int64_t tokens, std::int64_t heads, std::int64_t dim) {
+    if (bytes == 4) write(static_cast<float*>(store), store_head_stride, static_cast<const float*>(rows), head_stride, token_stride, slots, tokens, heads, dim);
+    else write(static_cast<bf16*>(store), store_head_stride, static_cast<const bf16*>(rows), head_stride, token_stride, slots, tokens, heads, dim);
 }

@@ -1,0 +1,49 @@
+// What attention of a step's new tokens in one layer reads and writes.
+#pragma once
+
+#include <cstdint>
+
+#include "pack.h"
+#include "schedule.h"
+#include "simd.h"
+
+namespace kvloom {
+
+// Keys, or values, that are 8-bit codes. Strides are in elements.
+struct Sealed {
+    const std::int8_t* codes;  // [kv_heads, slots, dim]
+    std::int64_t codes_head_stride;
+    const bf16* scales;        // [kv_heads, blocks, dim], or [kv_heads, slots]
+    std::int64_t scales_head_stride;
+    std::int64_t block_tokens; // 0 if each slot has a scale of its own
+};
+
+struct Shape {
+    std::int64_t kv_heads, group, key_dim, value_dim;  // group: query heads that share a key head
+    std::int64_t columns() const { return rounded_up(value_dim, lanes); }
+    std::int64_t record() const { return columns() + lanes; }  // a row's sums, its maximum, its sum of weights
+};
+
+struct Layer {
+    Schedule schedule;
+    Shape shape;
+    const void *queries, *keys, *values;  // keys and values of native strides
+    std::int64_t query_token_stride, query_head_stride, key_head_stride, value_head_stride;  // in elements
+    const Sealed *sealed_keys, *sealed_values;  // of the other strides; null if there are none
+    const float* sinks;
+    void* out;
+    float scale, softcap;
+};
+
+}  // namespace kvloom
+
+// Attention of a step's new tokens in one layer. `element`: 0 float32, 1 bfloat16, 2 float16. `queries` [tokens, kv_heads *
+// group, key_dim] with strides in elements, `keys` and `values` [kv_heads, slots, dim] with a stride from head to head, `out`
+// [tokens, kv_heads * group, value_dim]. `sealed`: where blocks are sealed, the codes of keys and of values, and `keys` and
+// `values` hold the step's own blocks. `sinks`: one score for each query head, or null. `softcap`: 0 if there is none.
+// `memory` is aligned to 64 bytes.
+KVLOOM_EXPORT void kvloom_attend(
+    int element, const std::int32_t* schedule, std::int64_t kv_heads, std::int64_t group, std::int64_t key_dim,
+    std::int64_t value_dim, const void* queries, std::int64_t query_token_stride, std::int64_t query_head_stride,
+    const void* keys, std::int64_t key_head_stride, const void* values, std::int64_t value_head_stride,
+    const kvloom::Sealed* sealed, const float* sinks, float scale, float softcap, void* out, void* memory, int threads);
