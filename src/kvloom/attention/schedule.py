@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from kvloom.attention.source import Source
+from kvloom.blocks.table import FIRST
 from kvloom.cache import Reach
 from kvloom.native import Library
 
-INITIAL_NUMBERS = 1 << 14
-"""Room for a schedule of 8,192 tokens; where that is too little, the buffer is made anew."""
+BLOCK_POSITIONS = 64
+HEADER, SET, TOKEN, STRIDE = 8, 4, 4, 5
+"""How many numbers each of these takes in `native/src/schedule.h`."""
 
 
 @dataclass
@@ -67,13 +69,22 @@ class Scheduler:
             dtype=np.int64,
         )
         limits = (reach.window_tokens or 0, reach.chunk_tokens or 0, block_tokens, set_tokens, int(sealed))
-        numbers = np.empty(INITIAL_NUMBERS, dtype=np.int32)
-        while True:
-            room = len(numbers)
-            need = self._make(runs.ctypes.data, facts.ctypes.data, len(facts), *limits, numbers.ctypes.data, room)
-            if need <= room:
-                return Schedule(numbers, torch.empty(0, dtype=torch.uint8))
-            numbers = np.empty(need, dtype=np.int32)
+        numbers = np.empty(_most_numbers(sources, set_tokens, kinds=1 + sealed), dtype=np.int32)
+        need = self._make(runs.ctypes.data, facts.ctypes.data, len(facts), *limits, numbers.ctypes.data, len(numbers))
+        assert need <= len(numbers), "a schedule is no larger than if nothing were shared"
+        return Schedule(numbers, torch.empty(0, dtype=torch.uint8))
+
+
+def _most_numbers(sources: Sequence[Source], set_tokens: int, kinds: int) -> int:
+    """How many numbers a schedule has at most: as if no two sequences shared a block, and each began a set."""
+    most = HEADER
+    for source in sources:
+        first = int(source.runs[0, FIRST]) if len(source.runs) else source.first_position
+        last = source.first_position + source.count - 1
+        blocks = (last // BLOCK_POSITIONS - first // BLOCK_POSITIONS + 1) * kinds
+        sets = source.count // set_tokens + 2
+        most += blocks * BLOCK_POSITIONS + sets * (SET + blocks * STRIDE) + source.count * TOKEN
+    return most
 
 
 def _own_blocks(sources: Sequence[Source]) -> list[tuple[int, int, int]]:
