@@ -1,6 +1,6 @@
 // One block of 64 positions, as strips of rows meet it: scores first, then weights times values.
 //
-// A block of numbers is packed for many rows, and read as it lies by few. A block of codes is packed.
+// A block is packed for many rows, and read as it lies by few.
 #pragma once
 
 #include "few_rows.h"
@@ -124,11 +124,18 @@ class CodeBlock {
 public:
     CodeBlock(const Shape& shape, Workspace<bf16>& space) : shape_(shape), space_(space) {}
 
-    void read(const Block<bf16>& block, std::int64_t) {
+    // The block at a place, for so many rows in all.
+    void read(const Block<bf16>& block, std::int64_t rows) {
+        keys_ = reinterpret_cast<const std::int8_t* const*>(block.place->keys);
+        values_ = reinterpret_cast<const std::int8_t* const*>(block.place->values);
+        next_keys_ = block.next_keys();
+        next_values_ = block.next_values();
         pieces_.find(block.head->key_scales, block.slots);
-        pack_key_codes(reinterpret_cast<const std::int8_t* const*>(block.place->keys), shape_.key_dim, space_.keys, block.next_keys());
-        pack_value_codes(reinterpret_cast<const std::int8_t* const*>(block.place->values), shape_.value_dim, space_.values, block.next_values());
         block.head->value_scales.of_slots(block.slots, space_.column_scales);
+        packed_ = rows > few_rows || !pieces_.are_vectors() || padded() > few_stride;
+        if (!packed_) return;
+        pack_key_codes(keys_, shape_.key_dim, space_.keys, next_keys_);
+        pack_value_codes(values_, shape_.value_dim, space_.values, next_values_);
     }
 
     static int most_rows_for(std::int64_t) { return strip_rows<std::int16_t>; }
@@ -136,11 +143,12 @@ public:
     bool finite() const { return kvloom::finite(space_.column_scales, block_positions); }
 
     void score(std::int64_t row, int rows) {
+        const std::int64_t stride = packed_ ? padded() : few_stride;
         for (int done = 0; done < pieces_.count; done += pieces_at_once) {
             const int count = std::min(pieces_at_once, pieces_.count - done);
             float worth[pieces_at_once * most_rows];
-            round_queries(space_.wide_queries + row * padded(), rows, pieces_.pieces + done, count, worth);
-            for (int p = 0; p < count; ++p) score_piece(done + p, space_.integers + p * rows * padded(), worth + p * rows, rows);
+            round_queries(space_.wide_queries + row * padded(), rows, pieces_.pieces + done, count, stride, worth);
+            for (int p = 0; p < count; ++p) score_piece(done + p, space_.integers + p * rows * stride, worth + p * rows, rows);
         }
     }
 
@@ -150,22 +158,34 @@ public:
 
     void add_values(std::int64_t row, int rows, const float* factors) {
         float worth[lanes];
-        const float* weights = space_.wide_weights[0];
-        round_rows(rows, block_positions, block_positions, space_.integer_weights[0], worth, [&](int r, std::int64_t i) { return load(weights + r * block_positions + i); });
-        multiply(Product<std::int16_t>{space_.integer_weights[0], block_positions, space_.values, shape_.columns(), block_positions / 2,
-                                       space_.sums + row * shape_.record(), shape_.record(), factors, worth},
-                 rows, shape_.columns());
+        float* sums = space_.sums + row * shape_.record();
+        round_rows(rows, block_positions, block_positions, block_positions, space_.integer_weights[0], worth, [&](int r) {
+            return [weights = space_.wide_weights[r]](std::int64_t i) { return load(weights + i); };
+        });
+        if (packed_)
+            return multiply(Product<std::int16_t>{space_.integer_weights[0], block_positions, space_.values, shape_.columns(),
+                                                  block_positions / 2, sums, shape_.record(), factors, worth},
+                            rows, shape_.columns());
+#if defined(__AVX512F__)
+        with_rows<few_rows>(rows, [&](auto r) {
+            add_few_codes<r>(values_, shape_.value_dim, space_.integer_weights[0], worth, sums, shape_.record(), factors, next_values_);
+        });
+#endif
     }
 
 private:
     std::int64_t padded() const { return rounded_up(shape_.key_dim, integers_at_once); }
 
-    // Queries times the scales of some pieces, as integers [pieces, rows, padded].
-    void round_queries(const float* queries, int rows, const Piece* pieces, int count, float* worth) {
+    // Queries times the scales of some pieces, as integers [pieces, rows, stride].
+    void round_queries(const float* queries, int rows, const Piece* pieces, int count, std::int64_t stride, float* worth) {
         const std::int64_t padded = this->padded();
-        for (int p = 0; p < count; ++p) widen(pieces[p].scales, shape_.key_dim, padded, space_.scales + p * padded);
-        round_rows(count * rows, padded, shape_.key_dim, space_.integers, worth, [&](int i, std::int64_t d) {
-            return load(queries + i % rows * padded + d) * load(space_.scales + i / rows * padded + d);
+        struct Row { const float *query, *scales; } of[pieces_at_once * most_rows];
+        for (int p = 0; p < count; ++p) {
+            widen(pieces[p].scales, shape_.key_dim, padded, space_.scales + p * padded);
+            for (int r = 0; r < rows; ++r) of[p * rows + r] = {queries + r * padded, space_.scales + p * padded};
+        }
+        round_rows(count * rows, padded, stride, shape_.key_dim, space_.integers, worth, [&](int i) {
+            return [own = of[i]](std::int64_t d) { return load(own.query + d) * load(own.scales + d); };
         });
     }
 
@@ -173,6 +193,14 @@ private:
         const Piece& piece = pieces_.pieces[index];
         const std::int64_t words = rounded_up(shape_.key_dim, 4) / 2;
         float* scores = space_.scores[0] + piece.vector * lanes;
+#if defined(__AVX512F__)
+        if (!packed_) {
+            for (std::int64_t d = 0; d < shape_.key_dim; d += 64) next_keys_.ask(piece.vector * lanes, lanes, d);
+            return with_rows<few_rows>(rows, [&](auto r) {
+                score_few_codes<r>(keys_ + piece.vector * lanes, shape_.key_dim, queries, worth, scores);
+            });
+        }
+#endif
         float room[most_rows][lanes];
         const bool alone = pieces_.is_alone(index);
         const Product<std::int16_t> product{queries, padded(), space_.keys + piece.vector * lanes, block_positions, words,
@@ -184,7 +212,10 @@ private:
 
     const Shape& shape_;
     Workspace<bf16>& space_;
+    const std::int8_t *const *keys_ = nullptr, *const *values_ = nullptr;
+    Ahead next_keys_, next_values_;
     Pieces pieces_;
+    bool packed_ = false;
 };
 
 }  // namespace kvloom

@@ -14,6 +14,9 @@
 
 namespace kvloom {
 
+// Between the rows of a few, see below: a number that the compiler knows keeps their addresses apart without a register for each.
+constexpr std::int64_t few_stride = 256;
+
 // Numbers are filled up with zeros to a multiple of it.
 constexpr int integers_at_once = 2 * lanes;
 constexpr int pieces_at_once = 4;
@@ -30,14 +33,23 @@ struct Pieces {
 
     void find(const Scales& scales, const std::int32_t* slots) {
         count = 0;
-        for (int i = 0; i < block_positions; ++i) {
-            if (slots[i] < 0) continue;
-            const bf16* own = scales.of_block(slots[i]);
-            Piece* last = count ? pieces + count - 1 : nullptr;
-            if (last && last->vector == i / lanes && last->scales == own) last->end = i % lanes + 1;
-            else pieces[count++] = {i / lanes, i % lanes, i % lanes + 1, own};
+        for (int vector = 0; vector < block_positions / lanes; ++vector, slots += lanes) {
+            if (consecutive(slots) && scales.block_of(slots[0]) == scales.block_of(slots[lanes - 1])) {
+                pieces[count++] = {vector, 0, lanes, scales.of_block(slots[0])};
+                continue;
+            }
+            const int before = count;
+            for (int i = 0; i < lanes; ++i) {
+                if (slots[i] < 0) continue;
+                const bf16* own = scales.of_block(slots[i]);
+                if (count > before && pieces[count - 1].scales == own) pieces[count - 1].end = i + 1;
+                else pieces[count++] = {vector, i, i + 1, own};
+            }
         }
     }
+
+    // Whether each of the four vectors is one piece.
+    bool are_vectors() const { return count == block_positions / lanes && pieces[0].vector == 0 && pieces[count - 1].vector == count - 1; }
 
     // Whether no other piece has columns of the same vector.
     bool is_alone(int index) const {
@@ -46,26 +58,30 @@ struct Pieces {
     }
 };
 
-// Rows of `columns` numbers, number(row, column) and those behind it, become integers [rows, columns]. worth[row] says what one
+// Rows of `columns` numbers, row(i)(column) and those behind it, become integers, rows `stride` apart. worth[i] says what one of row i
 // is worth, and is NaN if a number is not finite. `terms`: of how many products with codes a sum must stay below 2 ** 31.
-template <class Number>
-void round_rows(int rows, std::int64_t columns, std::int64_t terms, std::int16_t* integers, float* worth, Number number) {
+template <class Row>
+void round_rows(int rows, std::int64_t columns, std::int64_t stride, std::int64_t terms, std::int16_t* integers, float* worth, Row row) {
     const f32x16 most = all(std::min(32767.0f, std::floor(2147483520.0f / (127.0f * float(terms)))));
-    for (int row = 0; row < rows; row += lanes) {
-        const int count = std::min(lanes, rows - row);
-        i32x16 sizes[lanes];
-        for (int i = 0; i < lanes; ++i) {
-            sizes[i] = no_sums();
-            for (std::int64_t c = 0; i < count && c < columns; c += lanes) sizes[i] = max(sizes[i], size_bits(number(row + i, c)));
+    for (int first = 0; first < rows; first += lanes) {
+        const int count = std::min(lanes, rows - first);
+        i32x16 sizes[lanes] = {};
+        for (int i = 0; i < count; ++i) {
+            const auto number = row(first + i);
+            i32x16 size = no_sums();
+            for (std::int64_t c = 0; c < columns; c += lanes) size = max(size, size_bits(number(c)));
+            sizes[i] = size;
         }
         const f32x16 largest = max(all(1e-30f), floats_of_bits(highest_of_each(sizes)));
         float factors[lanes];
         store(factors, most / largest);
-        store(worth + row, largest / most + (largest - largest), count);  // infinity less infinity is no number
-        for (int i = 0; i < count; ++i)
+        store(worth + first, largest / most + (largest - largest), count);  // infinity less infinity is no number
+        for (int i = 0; i < count; ++i) {
+            const auto number = row(first + i);
+            const f32x16 factor = all(factors[i]);
             for (std::int64_t c = 0; c < columns; c += integers_at_once)
-                store_integers(integers + (row + i) * columns + c, number(row + i, c) * all(factors[i]),
-                               number(row + i, c + lanes) * all(factors[i]));
+                store_integers(integers + (first + i) * stride + c, number(c) * factor, number(c + lanes) * factor);
+        }
     }
 }
 
@@ -81,18 +97,28 @@ inline void widen(const bf16* from, std::int64_t count, std::int64_t padded, flo
 // Of four codes, of neighbouring dimensions of a key or of neighbouring values, a word has the first and third as 16-bit
 // integers, the next word the second and fourth. store_integers orders the other factor alike.
 
+inline void store_codes(Word* out, std::int64_t stride, i32x16 fours) {
+    store_words(out, even_codes(fours));
+    store_words(out + stride, odd_codes(fours));
+}
+
 // 64 keys: [words of two codes][64 positions].
 inline void pack_key_codes(const std::int8_t* const* rows, std::int64_t dim, Word* out, const Ahead& ahead) {
     for (std::int64_t d = 0; d < dim; d += 64, out += 2 * 16 * block_positions)
         for (int i = 0; i < block_positions; i += lanes) {
-            Word fours[16][lanes];
             ahead.ask(i, lanes, d);
+#if defined(__AVX512F__)
+            __m512i words[16];
+            transpose_words(rows + i, d, dim - d, words);
+            unrolled<16>([&](auto c) KVLOOM_INLINE {
+                if (4 * c < dim - d) store_codes(out + 2 * c * block_positions + i, block_positions, {words[c]});
+            });
+#else
+            Word fours[16][lanes];
             transpose_words(rows + i, d, dim - d, fours[0], lanes);
-            for (int c = 0; c < 16 && 4 * c < dim - d; ++c) {
-                const i32x16 four = load_words(fours[c]);
-                store_words(out + 2 * c * block_positions + i, even_codes(four));
-                store_words(out + (2 * c + 1) * block_positions + i, odd_codes(four));
-            }
+            for (int c = 0; c < 16 && 4 * c < dim - d; ++c)
+                store_codes(out + 2 * c * block_positions + i, block_positions, load_words(fours[c]));
+#endif
         }
 }
 
@@ -104,11 +130,73 @@ inline void pack_value_codes(const std::int8_t* const* rows, std::int64_t dim, W
             i32x16 fours[4];
             ahead.ask(i, 4, d);
             interleave(rows + i, d, dim - d, fours);
-            for (int v = 0; v < 4 && v * lanes < dim - d; ++v) {
-                store_words(out + d + v * lanes, even_codes(fours[v]));
-                store_words(out + stride + d + v * lanes, odd_codes(fours[v]));
-            }
+            unrolled<4>([&](auto v) KVLOOM_INLINE {
+                if (v * lanes < dim - d) store_codes(out + d + v * lanes, stride, fours[v]);
+            });
         }
 }
+
+#if defined(__AVX512F__)
+
+// ---- few rows, see few_rows.h -------------------------------------------------------------------------------------------
+
+// Scores of sixteen keys, which have the same scales: of queries [rows, few_stride].
+template <int rows>
+void score_few_codes(const std::int8_t* const* keys, std::int64_t dim, const std::int16_t* queries, const float* worth, float* scores) {
+    i32x16 sums[rows];
+    unrolled<rows>([&](auto r) KVLOOM_INLINE { sums[r] = no_sums(); });
+    for (std::int64_t d = 0; d < dim; d += 64, queries += 64) {
+        __m512i words[16];
+        transpose_words(keys, d, dim - d, words);
+        unrolled<16>([&](auto c) KVLOOM_INLINE {
+            const i32x16 even = even_codes({words[c]}), odd = odd_codes({words[c]});
+            unrolled<rows>([&](auto r) KVLOOM_INLINE {
+                const std::int16_t* query = queries + r * few_stride + 4 * c;
+                sums[r] = add_spread(add_spread(sums[r], query, even), query + 2, odd);
+            });
+        });
+    }
+    unrolled<rows>([&](auto r) KVLOOM_INLINE { store(scores + r * block_positions, floats(sums[r]) * all(worth[r])); });
+}
+
+// Adds weights [rows, 64] times values to some of 64 columns of the sums, from `first` vectors on.
+template <int rows, int vectors, int first>
+void add_few_codes(const std::int8_t* const* values, std::int64_t d, std::int64_t dim, const std::int16_t* weights, const float* worth,
+                   float* sums, std::int64_t sums_stride, const float* factors, const Ahead& ahead) {
+    i32x16 own[rows * vectors];
+    unrolled<rows * vectors>([&](auto i) KVLOOM_INLINE { own[i] = no_sums(); });
+    for (int position = 0; position < block_positions; position += 4) {
+        i32x16 fours[4];
+        if (!first) ahead.ask(position, 4, d);
+        interleave(values + position, d, dim - d, fours);
+        unrolled<vectors>([&](auto v) KVLOOM_INLINE {
+            const i32x16 even = even_codes(fours[first + v]), odd = odd_codes(fours[first + v]);
+            unrolled<rows>([&](auto r) KVLOOM_INLINE {
+                const std::int16_t* weight = weights + r * block_positions + position;
+                i32x16& sum = own[r * vectors + v];
+                sum = add_spread(add_spread(sum, weight, even), weight + 2, odd);
+            });
+        });
+    }
+    unrolled<vectors>([&](auto v) KVLOOM_INLINE {
+        const std::int64_t column = d + (first + v) * lanes;
+        if (column < dim) unrolled<rows>([&](auto r) KVLOOM_INLINE {
+            float* to = sums + r * sums_stride + column;
+            store(to, fma(floats(own[r * vectors + v]), all(worth[r]), load(to) * all(factors[r])));
+        });
+    });
+}
+template <int rows>
+void add_few_codes(const std::int8_t* const* values, std::int64_t dim, const std::int16_t* weights, const float* worth, float* sums,
+                   std::int64_t sums_stride, const float* factors, const Ahead& ahead) {
+    constexpr int vectors = rows > 4 ? 2 : 4;
+    for (std::int64_t d = 0; d < dim; d += 64) {
+        add_few_codes<rows, vectors, 0>(values, d, dim, weights, worth, sums, sums_stride, factors, ahead);
+        if constexpr (vectors == 2)
+            if (dim - d > 2 * lanes) add_few_codes<rows, 2, 2>(values, d, dim, weights, worth, sums, sums_stride, factors, ahead);
+    }
+}
+
+#endif
 
 }  // namespace kvloom

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "attention.h"
+#include "lots.h"
 
 namespace kvloom {
 
@@ -27,7 +28,7 @@ struct Kept {
 
     // Where those of 64 slots lie; `nothing` where no token is held.
     void find(const std::int32_t* slots, const char* nothing, const char** found) const {
-        for (int i = 0; i < block_positions; ++i) found[i] = slots[i] < 0 ? nothing : rows + slots[i] * row_bytes;
+        find_rows(rows, row_bytes, slots, nothing, found);
     }
 };
 
@@ -36,11 +37,14 @@ struct Scales {
     const bf16* scales;
     std::int64_t dim, block_tokens;  // of keys: one for each channel of a block; of values 0: one for each slot
 
-    const bf16* of_block(std::int32_t slot) const { return scales + slot / block_tokens * dim; }
+    std::int64_t block_of(std::int32_t slot) const { return std::uint32_t(slot) / std::uint32_t(block_tokens); }
+    const bf16* of_block(std::int32_t slot) const { return scales + block_of(slot) * dim; }
 
     // Of 64 slots; zeros where no token is held.
     void of_slots(const std::int32_t* slots, float* out) const {
-        for (int i = 0; i < block_positions; ++i) out[i] = slots[i] < 0 ? 0 : to_float(scales[slots[i]]);
+        for (int i = 0; i < block_positions; i += lanes)
+            if (consecutive(slots + i)) store(out + i, load(scales + slots[i]));
+            else for (int j = i; j < i + lanes; ++j) out[j] = slots[j] < 0 ? 0 : to_float(scales[slots[j]]);
     }
 };
 

@@ -77,7 +77,7 @@ inline void pair_up(const bf16* first, const bf16* second, std::int64_t bytes, W
 }
 
 // Of four rows the words of four neighbouring codes, up to 64: out[v] has those of the columns 16 v to 16 v + 15.
-inline void interleave(const std::int8_t* const* rows, std::int64_t offset, std::int64_t bytes, i32x16* out) {
+KVLOOM_INLINE inline void interleave(const std::int8_t* const* rows, std::int64_t offset, std::int64_t bytes, i32x16* out) {
     // Interleaving goes by quarters of a register, so what belongs into one vector is brought into one place of each first.
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     __m512i a[4];

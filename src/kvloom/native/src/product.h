@@ -39,6 +39,12 @@ inline f32x16 add_spread(f32x16 sum, const bf16* pair, bf16x32 x) {
     asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum.v) : "v"(x.v), "m"(*reinterpret_cast<const std::uint16_t (*)[2]>(pair)));
     return sum;
 }
+#if defined(__AVX512VNNI__)
+inline i32x16 add_spread(i32x16 sum, const std::int16_t* pair, i32x16 x) {
+    asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum.v) : "v"(x.v), "m"(*reinterpret_cast<const std::int16_t (*)[2]>(pair)));
+    return sum;
+}
+#endif
 #endif
 
 // Left [rows, words], right [words, columns], sums [rows, columns], each with the stride of its rows.
@@ -81,7 +87,10 @@ template <class P, int rows, int vectors> void multiply(const Product<P>& produc
     for (std::int64_t k = 0; k < product.words; ++k, left += depth<P>, right += product.right_stride) {
         decltype(columns(right, P())) taken[vectors];
         unrolled<vectors>([&](auto v) KVLOOM_INLINE { taken[v] = columns(right + v * lanes, P()); });
-        unrolled<rows>([&](auto r) KVLOOM_INLINE {
+        if constexpr (vectors == 1) unrolled<rows>([&](auto r) KVLOOM_INLINE {
+            sums[r] = add_spread(sums[r], left + r * product.left_stride, taken[0]);
+        });
+        else unrolled<rows>([&](auto r) KVLOOM_INLINE {
             const auto number = spread(left + r * product.left_stride);
             unrolled<vectors>([&](auto v) KVLOOM_INLINE {
                 sums[r * vectors + v] = add_product(sums[r * vectors + v], number, taken[v]);

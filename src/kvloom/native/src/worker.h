@@ -149,7 +149,7 @@ private:
     // Rows in strips of nearly equal heights.
     template <class Kind>
     void take_rows(Kind& block, std::int32_t index, const std::int32_t* slots, std::int64_t begin, std::int64_t end) {
-        const bool gaps = std::any_of(slots, slots + block_positions, [](std::int32_t slot) { return slot < 0; });
+        const bool gaps = has_gaps(slots);
         const std::int64_t most = block.most_rows_for(end - begin);
         for (std::int64_t strips = (end - begin + most - 1) / most; begin < end; --strips) {
             const int rows = int((end - begin + strips - 1) / strips);

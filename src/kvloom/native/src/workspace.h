@@ -42,7 +42,7 @@ template <class P> struct Workspace {
         take(memory, few_queries, few_rows * rounded_up(key_dim, 2 * lanes));
         take(memory, wide_queries, sealed ? rows * padded : 0);
         take(memory, scales, sealed ? pieces_at_once * padded : 0);
-        take(memory, integers, sealed ? pieces_at_once * most_rows * padded : 0);
+        take(memory, integers, sealed ? pieces_at_once * most_rows * std::max(padded, few_stride) : 0);
         take(memory, low, rows);
         take(memory, high, rows);
         take(memory, tops, rows + lanes);
