@@ -192,9 +192,11 @@ template <class Element> void stream(const LinearCall& call, const Piece<Element
 
 // Many rows: a piece of k of a few tiles stays in the nearest cache while the rows of a chunk pass by. Meanwhile the next
 // piece is asked for.
-// Measured: while memory is what is waited for, long pieces keep it busier.
-constexpr std::int64_t lines_a_piece(std::int64_t rows) { return rows <= 64 ? 512 : 224; }
-constexpr std::int64_t rows_a_chunk = 192;
+// Measured: while memory is what is waited for, long pieces keep it busier; and 96 rows of outputs, which lie in as many pages,
+// are what the CPU's table of pages has room for.
+constexpr std::int64_t lines_a_piece(std::int64_t rows) { return rows <= 64 ? 512 : 448; }
+constexpr std::int64_t rows_a_chunk = 96;
+
 template <class Element>
 void pass_by(Piece<Element> piece, const Projection& to, std::int64_t first_row, std::int64_t rows, std::int64_t first_tile) {
     const Element* next = piece.next;
