@@ -8,7 +8,7 @@
 // copied, by any number of threads.
 //
 // From the top: division.h (items of work), worker.h (an item, block by block), blocks.h (a block's scores and values),
-// softmax.h; below them few_rows.h and product.h (numbers), integers.h (codes), head.h (where keys and values are).
+// softmax.h; below them few_rows.h and product.h (numbers), integers.h (codes), kept.h (where keys and values are).
 
 #include "attention.h"
 

@@ -21,21 +21,26 @@ void score_few(const P* const* keys, std::int64_t dim, const P* queries, float* 
             __m512i words[16];
             f32x16 sums[rows];
             const auto add = [&](int c, __m512i word) KVLOOM_INLINE {
-                unrolled<rows>([&](auto r) KVLOOM_INLINE {
+#pragma GCC unroll 8
+                for (int r = 0; r < rows; ++r)
                     sums[r] = add_spread(sums[r], queries + (c * rows + r) * depth<P>, words_as(word, P()));
-                });
             };
             ahead.ask(i, lanes, d * std::int64_t(sizeof(P)));
             transpose_words(keys + i, d, (dim - d) * std::int64_t(sizeof(P)), words);
-            unrolled<rows>([&](auto r) KVLOOM_INLINE { sums[r] = d ? load(scores + r * block_positions + i) : zeros(); });
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; ++r) sums[r] = d ? load(scores + r * block_positions + i) : zeros();
             if (dim - d >= step) {
-                unrolled<16>([&](auto c) KVLOOM_INLINE { add(c, words[c]); });
+#pragma GCC unroll 16
+                for (int c = 0; c < 16; ++c) add(c, words[c]);
             } else {
                 alignas(64) Word last[16][lanes];
-                unrolled<16>([&](auto c) KVLOOM_INLINE { _mm512_store_si512(last[c], words[c]); });
+#pragma GCC unroll 16
+                for (int c = 0; c < 16; ++c) _mm512_store_si512(last[c], words[c]);
+#pragma GCC unroll 1
                 for (int c = 0; c * depth<P> < dim - d; ++c) add(c, _mm512_load_si512(last[c]));
             }
-            unrolled<rows>([&](auto r) KVLOOM_INLINE { store(scores + r * block_positions + i, sums[r]); });
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; ++r) store(scores + r * block_positions + i, sums[r]);
         }
 }
 
@@ -63,22 +68,26 @@ void add_few(const P* const* values, std::int64_t dim, const P* weights, float* 
              const float* factors, const Ahead& ahead) {
     constexpr int vectors = depth<P>;
     for (std::int64_t d = 0; d < dim; d += vectors * lanes, sums += vectors * lanes) {
-        f32x16 own[rows * vectors];
-        unrolled<rows * vectors>([&](auto i) KVLOOM_INLINE {
-            own[i] = load(sums + i / vectors * sums_stride + i % vectors * lanes) * all(factors[i / vectors]);
-        });
+        f32x16 own[rows][vectors];
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 2
+            for (int v = 0; v < vectors; ++v) own[r][v] = load(sums + r * sums_stride + v * lanes) * all(factors[r]);
         for (int position = 0; position < block_positions; position += depth<P>) {
             decltype(spread(weights)) taken[vectors];
             ahead.ask(position, depth<P>, d * std::int64_t(sizeof(P)));
             lines(values + position, d, dim, taken);
-            unrolled<rows>([&](auto r) KVLOOM_INLINE {
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; ++r) {
                 const auto weight = spread(weights + r * block_positions + position);
-                unrolled<vectors>([&](auto v) KVLOOM_INLINE {
-                    own[r * vectors + v] = add_product(own[r * vectors + v], weight, taken[v]);
-                });
-            });
+#pragma GCC unroll 2
+                for (int v = 0; v < vectors; ++v) own[r][v] = add_product(own[r][v], weight, taken[v]);
+            }
         }
-        unrolled<rows * vectors>([&](auto i) KVLOOM_INLINE { store(sums + i / vectors * sums_stride + i % vectors * lanes, own[i]); });
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 2
+            for (int v = 0; v < vectors; ++v) store(sums + r * sums_stride + v * lanes, own[r][v]);
     }
 }
 

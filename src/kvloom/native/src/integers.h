@@ -144,19 +144,23 @@ inline void pack_value_codes(const std::int8_t* const* rows, std::int64_t dim, W
 template <int rows>
 void score_few_codes(const std::int8_t* const* keys, std::int64_t dim, const std::int16_t* queries, const float* worth, float* scores) {
     i32x16 sums[rows];
-    unrolled<rows>([&](auto r) KVLOOM_INLINE { sums[r] = no_sums(); });
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) sums[r] = no_sums();
     for (std::int64_t d = 0; d < dim; d += 64, queries += 64) {
         __m512i words[16];
         transpose_words(keys, d, dim - d, words);
-        unrolled<16>([&](auto c) KVLOOM_INLINE {
+#pragma GCC unroll 16
+        for (int c = 0; c < 16; ++c) {
             const i32x16 even = even_codes({words[c]}), odd = odd_codes({words[c]});
-            unrolled<rows>([&](auto r) KVLOOM_INLINE {
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; ++r) {
                 const std::int16_t* query = queries + r * few_stride + 4 * c;
                 sums[r] = add_spread(add_spread(sums[r], query, even), query + 2, odd);
-            });
-        });
+            }
+        }
     }
-    unrolled<rows>([&](auto r) KVLOOM_INLINE { store(scores + r * block_positions, floats(sums[r]) * all(worth[r])); });
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) store(scores + r * block_positions, floats(sums[r]) * all(worth[r]));
 }
 
 // Adds weights [rows, 64] times values to some of 64 columns of the sums, from `first` vectors on.

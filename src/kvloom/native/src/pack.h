@@ -30,34 +30,38 @@ template <class P>
 KVLOOM_INLINE inline void transpose_words(const P* const* rows, std::int64_t offset, std::int64_t bytes, __m512i* out) {
     __m512i a[16], b[16];
     const __mmask64 there = bytes >= 64 ? ~__mmask64() : (__mmask64(1) << bytes) - 1;
-    unrolled<16>([&](auto i) KVLOOM_INLINE { a[i] = _mm512_maskz_loadu_epi8(there, rows[i] + offset); });
-    unrolled<8>([&](auto i) KVLOOM_INLINE {
-        b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
-        b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
-    });
-    unrolled<4>([&](auto q) KVLOOM_INLINE {
-        constexpr int i = 4 * q;
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) a[i] = _mm512_maskz_loadu_epi8(there, rows[i] + offset);
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
         a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
         a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
         a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
         a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    });
+    }
     // a[4 q + c] holds the words c, c + 4, c + 8 and c + 12 of the rows 4 q to 4 q + 3.
-    unrolled<4>([&](auto c) KVLOOM_INLINE {
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
         const __m512i low = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x44), high = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x44);
         const __m512i low2 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xee), high2 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xee);
         out[c] = _mm512_shuffle_i32x4(low, high, 0x88);
         out[c + 4] = _mm512_shuffle_i32x4(low, high, 0xdd);
         out[c + 8] = _mm512_shuffle_i32x4(low2, high2, 0x88);
         out[c + 12] = _mm512_shuffle_i32x4(low2, high2, 0xdd);
-    });
+    }
 }
 template <class P>
 inline void transpose_words(const P* const* rows, std::int64_t offset, std::int64_t bytes, Word* out, std::int64_t stride) {
     __m512i words[16];
     transpose_words(rows, offset, bytes, words);
-    if (bytes >= 64) unrolled<16>([&](auto c) KVLOOM_INLINE { _mm512_storeu_si512(out + c * stride, words[c]); });
-    else unrolled<16>([&](auto c) KVLOOM_INLINE { if (c * 4 < bytes) _mm512_storeu_si512(out + c * stride, words[c]); });
+#pragma GCC unroll 16
+    for (int c = 0; c < 16; ++c)
+        if (c * 4 < bytes) _mm512_storeu_si512(out + c * stride, words[c]);
 }
 
 // Of two rows the pairs of up to 32 numbers: out[0] has the first sixteen, out[1] the others.
@@ -81,7 +85,8 @@ KVLOOM_INLINE inline void interleave(const std::int8_t* const* rows, std::int64_
     // Interleaving goes by quarters of a register, so what belongs into one vector is brought into one place of each first.
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     __m512i a[4];
-    unrolled<4>([&](auto i) KVLOOM_INLINE { a[i] = _mm512_permutexvar_epi32(order, load_words(rows[i] + offset, bytes)); });
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) a[i] = _mm512_permutexvar_epi32(order, load_words(rows[i] + offset, bytes));
     const __m512i low = _mm512_unpacklo_epi8(a[0], a[1]), high = _mm512_unpackhi_epi8(a[0], a[1]);
     const __m512i low2 = _mm512_unpacklo_epi8(a[2], a[3]), high2 = _mm512_unpackhi_epi8(a[2], a[3]);
     out[0] = {_mm512_unpacklo_epi16(low, low2)};

@@ -78,29 +78,31 @@ template <> struct Sums<std::int16_t> {  // of integers: by themselves, as long 
 };
 
 template <class P, int rows, int vectors> void multiply(const Product<P>& product, std::int64_t column) {
-    typename Sums<P>::Type sums[rows * vectors];
-    unrolled<rows * vectors>([&](auto i) KVLOOM_INLINE {
-        sums[i] = Sums<P>::begin(product, i / vectors, column + i % vectors * lanes);
-    });
+    typename Sums<P>::Type sums[rows][vectors];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) sums[r][v] = Sums<P>::begin(product, r, column + v * lanes);
     const P* left = product.left;
     const Word* right = product.right + column;
     for (std::int64_t k = 0; k < product.words; ++k, left += depth<P>, right += product.right_stride) {
         decltype(columns(right, P())) taken[vectors];
-        unrolled<vectors>([&](auto v) KVLOOM_INLINE { taken[v] = columns(right + v * lanes, P()); });
-        if constexpr (vectors == 1) unrolled<rows>([&](auto r) KVLOOM_INLINE {
-            sums[r] = add_spread(sums[r], left + r * product.left_stride, taken[0]);
-        });
-        else unrolled<rows>([&](auto r) KVLOOM_INLINE {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) taken[v] = columns(right + v * lanes, P());
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) {
             const auto number = spread(left + r * product.left_stride);
-            unrolled<vectors>([&](auto v) KVLOOM_INLINE {
-                sums[r * vectors + v] = add_product(sums[r * vectors + v], number, taken[v]);
-            });
-        });
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; ++v) sums[r][v] = add_product(sums[r][v], number, taken[v]);
+        }
     }
-    unrolled<rows * vectors>([&](auto i) KVLOOM_INLINE {
-        const std::int64_t c = column + i % vectors * lanes;
-        store(product.sums + i / vectors * product.sums_stride + c, Sums<P>::end(product, i / vectors, c, sums[i]));
-    });
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) {
+            const std::int64_t c = column + v * lanes;
+            store(product.sums + r * product.sums_stride + c, Sums<P>::end(product, r, c, sums[r][v]));
+        }
 }
 
 // For a number of rows that is only known now.
