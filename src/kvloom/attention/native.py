@@ -110,7 +110,7 @@ class NativeAttention:
 
 
 def _facts(sealed: Sealed) -> tuple[int, ...]:
-    """The fields of `struct Sealed` in `native/src/codes.h`."""
+    """The fields of `struct Sealed` in `native/src/attention.h`."""
     codes, scales = sealed.codes, sealed.scales
     by_block = sealed.block_tokens if scales.dim() == 3 else 0
     return codes.data_ptr(), codes.stride(0), scales.data_ptr(), scales.stride(0), by_block
