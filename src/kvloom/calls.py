@@ -151,7 +151,7 @@ class Calls:
             what = "a context has begun already" if context is not None else "only encoder-decoder models have them"
             raise InvalidRequest(f"`decoder_input_ids` cannot be taken: {what}. Pass the tokens as the prompt.")
         if context is None and binding.encoder is not None:
-            start = Start(decoder_input_ids, self._start_tokens(options))
+            start = Start(decoder_input_ids, self.start_tokens(options))
             return read_sourced(prompt, self._tokenizer, binding, start)
         if context is None:
             return self.reader.read_all(prompt, cue=cue)
@@ -196,8 +196,8 @@ class Calls:
             return self.prompts(None, context, decoder_input_ids)[0][0]
         return self.prompt(prompt, context, decoder_input_ids)
 
-    def _start_tokens(self, options: Options | None) -> tuple[int, ...]:
-        """The decoder's start token: transformers takes BOS where none is set."""
+    def start_tokens(self, options: Options | None) -> tuple[int, ...]:
+        """The decoder's start token, or one for each source: transformers takes BOS where none is set."""
         if options is None:
             options = resolve(self._generation_config, None, {})
         if options.decoder_start_token_id:

@@ -12,11 +12,10 @@ from kvloom.attention import Plan
 from kvloom.attention.turn import Turn
 from kvloom.cache import AnyStore, Codec, LayerShape
 from kvloom.errors import InvalidRequest
-from kvloom.models.encoder import Encoder
 from kvloom.models.identity import Identity
 from kvloom.models.media import Media
 from kvloom.models.operations import Operation
-from kvloom.models.source import Source
+from kvloom.models.source import Source, SourceReader
 from kvloom.models.vision import Vision
 
 # What the rotary factors of a sequence depend on besides positions; rows of unlike regimes run apart.
@@ -57,7 +56,7 @@ class Binding(Protocol):
         ...
 
     @property
-    def encoder(self) -> Encoder | None:
+    def encoder(self) -> SourceReader | None:
         """What reads sources, of an encoder-decoder model; None for a causal model."""
         ...
 

@@ -9,6 +9,7 @@ sequence.
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -113,24 +114,48 @@ class Vision:
         positions = self._positions(ids, items)
         return Media(tuple(items), len(ids), positions[:, :-1], int(positions[0, -1]))
 
+    def read_rows(self, rows: Sequence[Sequence[int]], inputs: Inputs) -> list[Media | None]:
+        """The same for each prompt of a batch, whose media stand one after the other in `inputs`."""
+        shares: list[dict[str, Tensor]] = [{} for _ in rows]
+        for modality in MODALITIES:
+            if inputs.get(modality.values) is None:
+                continue
+            self._check_takes(modality.kind)
+            parts = self._parts(modality, inputs)
+            places = [list(row).count(self._token_ids[modality.kind]) for row in rows]
+            total = sum(places)
+            counts = self._feature_counts(modality, parts, total)
+            waiting = deque(zip(parts, counts, strict=True))
+            for index, share in enumerate(shares):
+                own = []
+                while waiting and places[index] > 0:
+                    part, count = waiting.popleft()
+                    own.append(part)
+                    places[index] -= count
+                share.update({name: torch.cat([part[name] for part in own]) for name in (own[0] if own else ())})
+            if waiting or any(places):
+                raise _misfit(modality.kind, total, len(parts), sum(counts))
+        rest = {name: own for name, own in inputs.items() if name not in MEDIA_INPUTS}
+        return [self.read(row, rest | share) for row, share in zip(rows, shares, strict=True)]
+
+    def _check_takes(self, kind: Kind) -> None:
+        if kind in self.refusals:
+            raise InvalidRequest(self.refusals[kind])
+        if kind not in self._token_ids:
+            raise InvalidRequest(f"{type(self._model).__name__} takes no {kind}s. Leave them out.")
+
     def _items(self, modality: _Modality, ids: np.ndarray, inputs: Inputs) -> list[Medium]:
         """The media of one kind, each with its share of the placeholders."""
         given = inputs.get(modality.values)
         if given is None:
             return []
         kind = modality.kind
-        if kind in self.refusals:
-            raise InvalidRequest(self.refusals[kind])
-        if kind not in self._token_ids:
-            raise InvalidRequest(f"{type(self._model).__name__} takes no {kind}s. Leave them out.")
+        self._check_takes(kind)
         parts = self._parts(modality, inputs)
         places = np.flatnonzero(ids == self._token_ids[kind])
         counts = self._feature_counts(modality, parts, len(places))
         if sum(counts) != len(places):
-            raise InvalidRequest(
-                f"the prompt has {len(places)} {kind} placeholders, but its {len(parts)} {kind}s make {sum(counts)} "
-                f"features. Pass each {kind} once, and the prompt as the processor writes it."
-            )
+            raise _misfit(kind, len(places), len(parts), sum(counts))
         shares = np.split(places, np.cumsum(counts)[:-1])
         return [Medium(kind, part, share) for part, share in zip(parts, shares, strict=True)]
 
@@ -231,6 +256,13 @@ class Vision:
     def device(self) -> torch.device:
         """The device of the model's weights; those that were given up for packed copies are on none."""
         return next(torch.device(own.device) for own in self._model.parameters() if own.device.type != "meta")
+
+
+def _misfit(kind: Kind, places: int, items: int, features: int) -> InvalidRequest:
+    return InvalidRequest(
+        f"the prompt has {places} {kind} placeholders, but its {items} {kind}s make {features} features. Pass each "
+        f"{kind} once, and the prompt as the processor writes it."
+    )
 
 
 def takes_images(model: PreTrainedModel) -> bool:
