@@ -326,7 +326,6 @@ def test_what_makes_no_sense_is_refused_in_one_sentence() -> None:
         (lambda: lm.generate([5], context=context, decoder_input_ids=[1]), "a context has begun already"),
         (lambda: lm.extend(None, [5]), "decodes from a source: begin with"),
         (lambda: lm.generate([5], language="de"), "`language` is not supported: pass the tokens"),
-        (lambda: context.save("x.kv"), "a snapshot holds no source"),
         (lambda: causal.generate([5], decoder_input_ids=[1]), "only encoder-decoder models have them"),
         (lambda: causal.plan(source_tokens=5), "this model has no encoder"),
         (

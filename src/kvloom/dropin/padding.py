@@ -88,7 +88,7 @@ def read_mask(name: str, given: Any, padded: Tensor) -> Tensor:
         got = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
         raise InvalidRequest(f"`{name}` must be a tensor of shape {list(padded.shape)}, as its token ids; got {got}.")
     mask = given.to(padded.device)
-    if not torch.isin(mask, torch.tensor([0, 1], device=mask.device, dtype=mask.dtype)).all():
+    if not ((mask == 0) | (mask == 1)).all():
         raise InvalidRequest(f"`{name}` must hold 0 for padding and 1 for tokens, and nothing else.")
     return mask != 0
 
