@@ -338,7 +338,9 @@ def _contents(
         for layer, group in enumerate(cache.layout.group_of_layer)
         for name, part in cache.store.parts(layer, held[group]).items()
     ]
-    others = [(f"{BESIDE}{name}", beside.tensors[name]) for name in sorted(beside.tensors)]
+    others: list[tuple[str, Tensor | Part]] = [
+        (f"{BESIDE}{name}", beside.tensors[name]) for name in sorted(beside.tensors)
+    ]
     return contents + sorted([*others, *parts], key=lambda own: -own[1].dtype.itemsize)
 
 

@@ -193,7 +193,7 @@ class Vision:
         assert self._rope_index is not None, "the model counts tokens"
         with_next = torch.from_numpy(np.append(ids, 0))[None]
         known = inspect.signature(self._rope_index).parameters
-        named = {name: tensor for name, tensor in _together(items).items() if name in known}
+        named = {name: tensor for name, tensor in together(items).items() if name in known}
         named["mm_token_type_ids"] = self._types(items, 1, len(ids) + 1)
         positions, _ = self._rope_index(input_ids=with_next, **named)
         if tuple(positions.shape) != (3, 1, len(ids) + 1):
@@ -248,7 +248,7 @@ class Vision:
     def own_inputs(self, media: Media, token_ids: Tensor) -> dict[str, Tensor]:
         """What the model's own forward takes for `token_ids`, int64[batch, tokens], of sequences of one prompt."""
         batch, tokens = token_ids.shape
-        inputs = {name: torch.cat([tensor] * batch).to(self.device) for name, tensor in _together(media.items).items()}
+        inputs = {name: torch.cat([tensor] * batch).to(self.device) for name, tensor in together(media.items).items()}
         types = self._types(media.items, batch, tokens).to(self.device)
         return {"input_ids": token_ids} | inputs | dict.fromkeys(self._types_names, types)
 
@@ -271,7 +271,7 @@ def takes_images(model: PreTrainedModel) -> bool:
     return takes and getattr(model.config, "image_token_id", None) is not None
 
 
-def _together(items: Sequence[Medium]) -> dict[str, Tensor]:
+def together(items: Sequence[Medium]) -> dict[str, Tensor]:
     """The inputs of all media, as a processor hands them over."""
     names = dict.fromkeys(name for item in items for name in item.inputs)
     return {name: torch.cat([item.inputs[name] for item in items if name in item.inputs]) for name in names}
