@@ -173,7 +173,7 @@ def test_a_wrapper_with_cross_attention_verifies_and_says_what_a_source_is() -> 
         (lambda: lm.generate(torch.zeros(3, 47), decoder_input_ids=[1]), r"shape \[tokens, 48\]"),
         (lambda: lm.generate(torch.zeros(2, 3, 48), decoder_input_ids=[1]), "Pass several sources as a list"),
         (lambda: context.save("x.kv"), "keeps no keys and values that another process would know"),
-        (lambda: kvloom.attach(wrapper({"cross_attend": True}), codec="int8"), "decodes from a source"),
+        (lambda: kvloom.attach(wrapper({"cross_attend": True}), codec="int8"), "computes its attention itself"),
     ]:
         with pytest.raises(InvalidRequest, match=message):
             call()

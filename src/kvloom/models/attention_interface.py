@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvloom.attention import Plan, torch_ops
 from kvloom.attention.native import NativeAttention, kernels_for
 from kvloom.attention.turn import Turn
-from kvloom.cache import AnyStore, CacheLayout, MixedKept, Store, in_own_dtype
+from kvloom.cache import AnyStore, CacheLayout, MixedKept, Store
 from kvloom.errors import ModelError, UnsupportedModel
 from kvloom.models.binding import Regime
 from kvloom.models.hosted import HostedModel
@@ -75,8 +75,7 @@ def _attention(
     keys: Tensor | MixedKept
     values: Tensor | MixedKept
     if plan.reach.cross:
-        store = in_own_dtype(kvloom.store)
-        keys, values = store.keys[layer], store.values[layer]
+        keys, values = kvloom.store.source(layer)
     else:
         keys, values = kvloom.store.write(layer, plan.writes, key[0], value[0])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -219,6 +218,11 @@ class AttentionInterfaceBinding(HostedModel):
     def shows_attention(self) -> bool:
         """True but for encoder-decoder models, whose decoders also attend to a source."""
         return self.encoder is None
+
+    @property
+    def reads_codes(self) -> bool:
+        """True: attention is ours, to a source too."""
+        return True
 
     @property
     def bit_identical(self) -> bool:

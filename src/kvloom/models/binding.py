@@ -86,6 +86,11 @@ class Binding(Protocol):
         """Whether a retention policy can be honoured: whether attention is ours, over one sequence."""
         ...
 
+    @property
+    def reads_codes(self) -> bool:
+        """Whether a codec can be honoured: whether attention is ours."""
+        ...
+
     def turns(self) -> tuple[Turn | None, ...]:
         """How each layer's queries turn with their positions (None: they do not), once that has been proven.
 
@@ -163,9 +168,9 @@ class Binding(Protocol):
 
 def check_codec_of(binding: Binding, codec: Codec) -> None:
     """Refuse a codec that the model cannot be decoded under. Raises `InvalidRequest`."""
-    if codec == "native" or binding.shows_attention:
+    if codec == "native" or binding.reads_codes:
         return
-    why = "it decodes from a source" if binding.encoder is not None else "the model computes its attention itself"
     raise InvalidRequest(
-        f"`codec={codec}` cannot be honoured: {why}, and is handed keys and values as numbers. Use codec='native'."
+        f"`codec={codec}` cannot be honoured: the model computes its attention itself, and is handed keys and values "
+        "as numbers. Use codec='native'."
     )

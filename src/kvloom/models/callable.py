@@ -32,6 +32,7 @@ class CallableBinding:
     name = "callable, uncached"
     layers: tuple[LayerShape, ...] = ()
     shows_attention = False
+    reads_codes = False
     encoder: SourceReader | None = None
     vision: Vision | None = None
 
