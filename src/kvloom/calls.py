@@ -170,12 +170,14 @@ class Calls:
         if policy is None:
             check_length(binding.max_tokens, prompt_tokens, new_tokens)
             return None
-        if media is not None:
-            raise InvalidRequest(
-                f"{type(policy).__name__} cannot let go of a prompt with images. Pass `retention=None`, or no images."
-            )
         layout = None if cache is None else cache.layout
-        return settle(policy, binding, layout, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+        settled = settle(policy, binding, layout, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+        if media is not None and settled.reindexes:
+            raise InvalidRequest(
+                "SinkWindow cannot be re-indexed behind images, whose rotary positions count no tokens. Stay within the "
+                f"trained length of {binding.max_tokens:,} tokens, with `reindex=False`."
+            )
+        return settled
 
     def prompt(
         self, prompt: Any, context: Context | None, decoder_input_ids: Any = None, *, cue: bool = True

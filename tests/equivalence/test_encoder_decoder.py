@@ -328,10 +328,6 @@ def test_what_makes_no_sense_is_refused_in_one_sentence() -> None:
         (lambda: lm.generate([5], language="de"), "`language` is not supported: pass the tokens"),
         (lambda: causal.generate([5], decoder_input_ids=[1]), "only encoder-decoder models have them"),
         (lambda: causal.plan(source_tokens=5), "this model has no encoder"),
-        (
-            lambda: lm.generate([5], retention=kvloom.SinkWindow()),
-            "cannot be honoured: the model decodes from a source",
-        ),
     ]:
         with pytest.raises(InvalidRequest, match=message):
             call()

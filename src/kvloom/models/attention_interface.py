@@ -133,6 +133,8 @@ class AttentionInterfaceBinding(HostedModel):
     def turns(self) -> tuple[Turn | None, ...]:
         """How each layer's queries turn with their positions, proven when first asked for."""
         if self._turns is None:
+            if self.encoder is not None:
+                raise UnsupportedModel("it decodes from a source")
             if self._rotary.depend_on_length:
                 raise UnsupportedModel("its rotary factors depend on the length of a sequence")
             self._turns = prove_turns(self.model, self._forward_turning, self.dtype)
@@ -216,8 +218,8 @@ class AttentionInterfaceBinding(HostedModel):
 
     @property
     def shows_attention(self) -> bool:
-        """True but for encoder-decoder models, whose decoders also attend to a source."""
-        return self.encoder is None
+        """True: a policy lets go of a sequence's own tokens; what it attends to of a source is never dropped."""
+        return True
 
     @property
     def reads_codes(self) -> bool:
