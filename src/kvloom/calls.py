@@ -174,8 +174,8 @@ class Calls:
         settled = settle(policy, binding, layout, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
         if media is not None and settled.reindexes:
             raise InvalidRequest(
-                "SinkWindow cannot be re-indexed behind images, whose rotary positions count no tokens. Stay within the "
-                f"trained length of {binding.max_tokens:,} tokens, with `reindex=False`."
+                "SinkWindow cannot be re-indexed behind images, whose rotary positions count no tokens. Stay within "
+                f"the trained length of {binding.max_tokens:,} tokens, with `reindex=False`."
             )
         return settled
 
