@@ -342,7 +342,7 @@ def test_features_must_be_as_the_encoder_reads_them() -> None:
     for features, message in [
         ([5, 6, 7], "this model's source is `input_features`"),
         ("text", "this model's source is `input_features`"),
-        (torch.zeros(6, 41), "Long-form generation is not offered"),
+        (torch.zeros(6, 41), "Longer recordings are for `kvloom.generate"),
         (torch.zeros(6, 39), "reads exactly 40. Let the feature extractor pad"),
         (torch.zeros(5, 40), r"of shape \[6, 40\]"),
         (torch.zeros(2, 6, 40), "Pass several sources as a list"),

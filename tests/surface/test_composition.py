@@ -155,7 +155,8 @@ def bounded_cache(kind: str, method: dict[str, Any]) -> None:
     got = together(kind, lm, prompts, retention=policy, **method)
     cold = KINDS[kind].attach(block_tokens=4)
     assert got == alone(kind, cold, prompts, retention=policy, **method)
-    found = lm.generate(prompts[1], retention=policy, **FIXED, **method)
+    last = {name: values[-1] for name, values in KINDS[kind].options(3).items()}
+    found = lm.generate(prompts[-1], retention=policy, **last, **FIXED, **method)
     assert (found[0] if isinstance(found, list) else found).usage.dropped_tokens > 0
 
 

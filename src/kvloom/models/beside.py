@@ -44,7 +44,8 @@ def _media(beside: Beside, tokens: int) -> Media:
     facts = beside.facts["media"]
     items = tuple(_medium(beside, index, kind, tokens) for index, kind in enumerate(facts["kinds"]))
     own, positions = _count(facts, "tokens"), beside.tensors.get("positions")
-    if not items or own > tokens or (positions is not None and tuple(positions.shape) != (3, own)):
+    fits = positions is None or (tuple(positions.shape) == (3, own) and positions.dtype == torch.int64)
+    if not items or own > tokens or not fits:
         raise ValueError("images that are not those of its tokens")
     return Media(items, own, positions, _count(facts, "following"))
 

@@ -116,8 +116,8 @@ class Encoder:
             )
         if own.shape[1] > frames:
             raise InvalidRequest(
-                f"the features have {own.shape[1]:,} frames; the encoder reads {frames:,} (short-form generation). "
-                "Long-form generation is not offered: cut the recording into pieces."
+                f"the features have {own.shape[1]:,} frames; the encoder reads {frames:,}. Longer recordings are for "
+                "`kvloom.generate(model, input_features=...)`, which cuts them as Whisper's own `generate` does."
             )
         if own.shape[1] < frames:
             raise InvalidRequest(
