@@ -20,7 +20,8 @@ from kvloom.models import Binding, CachedCallableBinding, CallableBinding, Hoste
 from kvloom.models.cached_callable import speaks_cache_protocol
 from kvloom.models.selfcheck import prove
 from kvloom.models.x_decoder import DecoderBinding
-from kvloom.models.x_transformers import bind_wrapper, is_of, x_transformers_class
+from kvloom.models.x_transformers import is_of, x_transformers_class
+from kvloom.models.x_wrapper import bind_wrapper
 
 
 def load(

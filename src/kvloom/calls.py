@@ -151,7 +151,7 @@ class Calls:
             what = "a context has begun already" if context is not None else "only encoder-decoder models have them"
             raise InvalidRequest(f"`decoder_input_ids` cannot be taken: {what}. Pass the tokens as the prompt.")
         if context is None and binding.encoder is not None:
-            start = Start(decoder_input_ids, self._start_tokens(options))
+            start = Start(decoder_input_ids, self.start_tokens(options))
             return read_sourced(prompt, self._tokenizer, binding, start)
         if context is None:
             return self.reader.read_all(prompt, cue=cue)
@@ -170,12 +170,14 @@ class Calls:
         if policy is None:
             check_length(binding.max_tokens, prompt_tokens, new_tokens)
             return None
-        if media is not None:
-            raise InvalidRequest(
-                f"{type(policy).__name__} cannot let go of a prompt with images. Pass `retention=None`, or no images."
-            )
         layout = None if cache is None else cache.layout
-        return settle(policy, binding, layout, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+        settled = settle(policy, binding, layout, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+        if media is not None and settled.reindexes:
+            raise InvalidRequest(
+                "SinkWindow cannot be re-indexed behind images, whose rotary positions count no tokens. Stay within "
+                f"the trained length of {binding.max_tokens:,} tokens, with `reindex=False`."
+            )
+        return settled
 
     def prompt(
         self, prompt: Any, context: Context | None, decoder_input_ids: Any = None, *, cue: bool = True
@@ -196,8 +198,8 @@ class Calls:
             return self.prompts(None, context, decoder_input_ids)[0][0]
         return self.prompt(prompt, context, decoder_input_ids)
 
-    def _start_tokens(self, options: Options | None) -> tuple[int, ...]:
-        """The decoder's start token: transformers takes BOS where none is set."""
+    def start_tokens(self, options: Options | None) -> tuple[int, ...]:
+        """The decoder's start token, or one for each source: transformers takes BOS where none is set."""
         if options is None:
             options = resolve(self._generation_config, None, {})
         if options.decoder_start_token_id:

@@ -100,28 +100,21 @@ class Context:
 
         The file holds what the cache holds: tokens whose keys and values were never computed (`cached_tokens` says
         how many were) are computed when they are needed. If the cache holds nothing of the context any more, it is
-        computed before it is written. A file that is there already is replaced once the new one is complete.
+        computed before it is written. A file that is there already is replaced once the new one is complete. The source
+        of an encoder-decoder model, and the pixels of images, are in the file.
 
         Raises:
-            InvalidRequest: there is no such folder, the model keeps no keys and values (a callable), the context is
-                under a retention policy, or it decodes from a source or holds images.
+            InvalidRequest: there is no such folder, the model keeps no keys and values (a callable), or the context is
+                under a retention policy.
             ContextClosed: the context was closed. An `OSError` (no space, no permission) passes through.
         """
-        if self.source is not None:
-            raise InvalidRequest(
-                "the context of an encoder-decoder model cannot be saved: a snapshot holds no source. Keep the source "
-                "and the token ids, and prefill them again."
-            )
-        if self.media is not None:
-            raise InvalidRequest(
-                "a context with images cannot be saved: a snapshot holds no pixels. Prefill the messages again."
-            )
         if self.retention is not None:
             raise InvalidRequest(
                 f"a context under {type(self.retention).__name__} cannot be saved: a file holds what full attention "
                 "has computed. Keep its token_ids, or prefill it with retention=None."
             )
-        self._engine.contexts.save(self.token_ids, self.tables_for(self._engine), path)
+        holding = self.tables_for(self._engine)
+        self._engine.contexts.save(self.token_ids, holding, path, source=self.source, media=self.media)
 
     def export_cache(self) -> DynamicCache:
         """Keys and values as a `DynamicCache` of transformers; copies, of a batch of one.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,14 @@ from torch import Tensor
 
 from kvloom.context import Context
 from kvloom.errors import InvalidRequest, PromptTooLong, SnapshotError
+from kvloom.messages import load_image
 from kvloom.model import LanguageModel
+from kvloom.prompts import Prompt
 from kvloom.results import Generation
 from kvloom.text import encode_continuation, encode_start
 
 FORMAT = "kvloom conversation 1"
+NO_TEMPLATE = "this model has no chat template, so there is no place for an image."
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,20 @@ class Turn:
 
     Attributes:
         tokens_before: length of the context when the turn began.
+        images: shown before what was said: paths, or images of PIL.
     """
 
     said: str
     answer: str
     tokens_before: int
+    images: tuple[Any, ...] = ()
+
+    @property
+    def content(self) -> Any:
+        """What was said, in the format of messages."""
+        if not self.images:
+            return self.said
+        return [*({"type": "image", "image": own} for own in self.images), {"type": "text", "text": self.said}]
 
 
 def _stop_when(asked: Callable[[], bool]) -> Callable[..., Tensor]:
@@ -76,37 +88,48 @@ class Conversation:
 
     @property
     def has_template(self) -> bool:
-        """Whether the tokenizer knows how a conversation is written."""
-        return bool(getattr(self.lm.tokenizer, "chat_template", None))
+        """Whether the tokenizer, or the processor, knows how a conversation is written."""
+        return any(getattr(own, "chat_template", None) for own in (self.lm.tokenizer, self.lm.processor))
 
     @property
     def tokens(self) -> int:
         """Length of the context."""
         return 0 if self.context is None else self.context.tokens
 
-    def say(self, text: str, *, stop: Callable[[], bool] = lambda: False) -> Iterator[str]:
+    def say(self, text: str, *, images: Sequence[Any] = (), stop: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """Say something, and hand out the answer as it comes; whole characters only.
 
         Args:
+            images: what is shown with it: paths, or images of PIL. Needs an image-text model.
             stop: asked after each token; once it is true the answer ends there, and the conversation goes on from it.
 
         Raises:
+            InvalidRequest: images that the model does not take, or that cannot be read.
             PromptTooLong, CacheFull: the conversation no longer fits; it is as before the turn.
         """
-        token_ids = self._written(text)
-        context = self._shared(token_ids)
-        before = self.tokens
-        new_ids = token_ids[0 if context is None else context.tokens :]
-        options = {**self.options, "max_new_tokens": self._room(len(token_ids))}
+        turn = Turn(text, "", self.tokens, tuple(images))
+        whole = self._written(turn)
+        context = self._shared(whole)
+        new = self.lm.reader.rest(whole, 0 if context is None else context.tokens)
+        options = {**self.options, "max_new_tokens": self._room(len(whole.token_ids))}
         answer = ""
-        with self.lm.stream(new_ids, context=context, stopping_criteria=[_stop_when(stop)], **options) as pieces:
+        with self.lm.stream(new, context=context, stopping_criteria=[_stop_when(stop)], **options) as pieces:
             for piece in pieces:
                 answer += piece.text
                 yield piece.text
         assert pieces.result is not None, "the stream was read to its end"
         self.last = pieces.result
         self.context = pieces.result.context
-        self.turns.append(Turn(text, answer, before))
+        self.turns.append(replace(turn, answer=answer))
+
+    def readable_image(self, path: str) -> str:
+        """The absolute path of an image that can be shown to this model; raises `InvalidRequest` if it cannot be."""
+        self.lm.reader.check_takes("image")
+        if not self.has_template:
+            raise InvalidRequest(NO_TEMPLATE)
+        found = path if "://" in path else str(Path(path).expanduser().resolve())
+        load_image(found, "the image")
+        return found
 
     def undo(self) -> Turn:
         """Take back the last turn; its tokens are cut off the context."""
@@ -126,7 +149,7 @@ class Conversation:
         told = {
             "format": FORMAT,
             "system": self.system,
-            "turns": [asdict(turn) for turn in self.turns],
+            "turns": [_told(turn) for turn in self.turns],
             "token_ids": [] if self.context is None else list(self.context.token_ids),
         }
         if self.context is not None and self.lm.engine.cache is not None:
@@ -145,7 +168,7 @@ class Conversation:
             None if keys and values came from the file, else why they are computed anew with the next turn.
         """
         told = _read(file)
-        turns = [Turn(**turn) for turn in told["turns"]]
+        turns = [Turn(**{**turn, "images": tuple(turn.get("images", ()))}) for turn in told["turns"]]
         if told["system"] is not None and not self.has_template:
             raise InvalidRequest(f"`{file}` has a system message, and this model has no chat template.")
         reason, context = None, None
@@ -159,30 +182,31 @@ class Conversation:
         self.system, self.turns, self.context, self.last = told["system"], turns, context, None
         return reason
 
-    def _written(self, text: str) -> list[int]:
-        """Token ids of all turns and of what is said now, up to where the answer begins."""
+    def _written(self, now: Turn) -> Prompt:
+        """All turns and what is said now, up to where the answer begins."""
         tokenizer = self.lm.tokenizer
         if self.has_template:
-            messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+            messages: list[dict[str, Any]] = [] if self.system is None else [{"role": "system", "content": self.system}]
             for turn in self.turns:
-                messages += [{"role": "user", "content": turn.said}, {"role": "assistant", "content": turn.answer}]
-            messages.append({"role": "user", "content": text})
-            ids: list[int] = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-            return ids
+                messages += [{"role": "user", "content": turn.content}, {"role": "assistant", "content": turn.answer}]
+            messages.append({"role": "user", "content": now.content})
+            return self.lm.reader.read(messages)
+        if now.images:
+            raise InvalidRequest(NO_TEMPLATE)
         if self.context is not None:
-            return [*self.context.token_ids, *encode_continuation(tokenizer, text)]
+            return Prompt([*self.context.token_ids, *encode_continuation(tokenizer, now.said)])
         before = "".join(f"{turn.said}{turn.answer}" for turn in self.turns)
-        return encode_start(tokenizer, before + text)
+        return Prompt(encode_start(tokenizer, before + now.said))
 
-    def _shared(self, token_ids: list[int]) -> Context | None:
+    def _shared(self, whole: Prompt) -> Context | None:
         """The context, cut to what the new text begins with: templates may write an earlier turn in another way."""
         if self.context is None:
             return None
-        known = self.context.token_ids
+        known, token_ids = self.context.token_ids, whole.token_ids
         limit = min(len(known), len(token_ids) - 1)
         same = next((index for index in range(limit) if known[index] != token_ids[index]), limit)
+        if self.context.media is not None:
+            same = self.context.media.shared_with(whole.media, same)
         return self.context.truncate(same) if same else None
 
     def _room(self, tokens: int) -> int:
@@ -197,6 +221,15 @@ class Conversation:
                 "answer. Take turns back, or begin anew."
             )
         return min(wanted or limit, limit - tokens)
+
+
+def _told(turn: Turn) -> dict[str, Any]:
+    """A turn as JSON holds it."""
+    if not all(isinstance(own, (str, os.PathLike)) for own in turn.images):
+        raise InvalidRequest("an image that lies in no file cannot be saved. Show images by their paths.")
+    images = [os.fspath(own) for own in turn.images]
+    told = {"said": turn.said, "answer": turn.answer, "tokens_before": turn.tokens_before}
+    return {**told, "images": images} if images else told
 
 
 def _beside(file: Path) -> Path:

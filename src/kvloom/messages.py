@@ -117,7 +117,7 @@ class Chat:
         special = {} if at_start and not (bos and text.startswith(bos)) else {"add_special_tokens": False}
         if not any(shown.values()):
             return {"input_ids": list(self._tokenizer(text, **special).input_ids)}
-        images = [_load_image(image, number) for number, image in enumerate(shown["image"], start=1)]
+        images = [load_image(image, f"image {number}") for number, image in enumerate(shown["image"], start=1)]
         try:
             inputs = self._processor(
                 text=[text],
@@ -129,6 +129,10 @@ class Chat:
         except Exception as error:  # processors raise errors of all kinds about what they are given
             raise InvalidRequest(f"the processor refuses the messages: {_first_line(error)}") from error
         return {**inputs, "input_ids": inputs["input_ids"][0].tolist()}
+
+    def check_takes(self, kind: str) -> None:
+        """Refuse a kind of media that the model, or its processor, cannot take."""
+        self._check_processor({"image": [], "video": [], kind: [None]})
 
     def _check_processor(self, shown: dict[str, list[Any]]) -> None:
         kinds = [kind for kind, sources in shown.items() if sources]
@@ -145,8 +149,11 @@ class Chat:
         if shown["video"] and getattr(self._processor, "video_processor", None) is None:
             raise InvalidRequest(
                 "the messages hold a video, but the processor has no part for videos, which transformers makes with "
-                "torchvision alone. Install torchvision, or pass the frames as images."
+                "torchvision alone. Install torchvision, or pass the frames as images (`--frames FOLDER`)."
             )
+        for number, video in enumerate(shown["video"], start=1):
+            if isinstance(video, (str, os.PathLike)) and "://" not in str(video) and not os.path.exists(video):
+                raise InvalidRequest(f"video {number} cannot be read: there is no file `{video}`.")
 
 
 def _checked(message: Any, number: int) -> dict[str, Any]:
@@ -184,16 +191,20 @@ def _plain(content: Any) -> str:
     return content if isinstance(content, str) else "".join(block["text"] for block in content)
 
 
-def _load_image(source: Any, number: int) -> Any:
-    """An image from where it lies; images that are loaded already are taken as they are."""
+def load_image(source: Any, what: str) -> Any:
+    """An image from where it lies; images that are loaded already are taken as they are.
+
+    Args:
+        what: the image in the words of an error message.
+    """
     if not isinstance(source, (str, os.PathLike)):
         return source
-    from transformers.image_utils import load_image
+    from transformers.image_utils import load_image as load
 
     try:
-        return load_image(os.fspath(source))
+        return load(os.fspath(source))
     except Exception as error:  # no such file, no image, no network: all of it means the same here
-        raise InvalidRequest(f"image {number} cannot be read: {_why_unreadable(os.fspath(source), error)}") from error
+        raise InvalidRequest(f"{what} cannot be read: {_why_unreadable(os.fspath(source), error)}") from error
 
 
 def _why_unreadable(source: str, error: Exception) -> str:

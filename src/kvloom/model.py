@@ -295,8 +295,8 @@ class LanguageModel:
                 or adapters), dtype or codec; damaged or incomplete.
             CacheFull: the context does not fit; nothing was loaded.
         """
-        token_ids, holding = self.engine.contexts.restore(path)
-        return Context(self.engine, token_ids, holding)
+        own = self.engine.contexts.restore(path)
+        return Context(self.engine, own.token_ids, own.holding, source=own.source, media=own.media)
 
     def score(
         self,

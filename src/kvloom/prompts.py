@@ -13,7 +13,7 @@ from kvloom.errors import EmptyPrompt, InvalidRequest, InvalidTokens
 from kvloom.messages import Chat, is_conversation
 from kvloom.models import Binding, Media, Source
 from kvloom.models.media import join
-from kvloom.models.vision import MEDIA_INPUTS
+from kvloom.models.vision import MEDIA_INPUTS, together
 from kvloom.text import encode_continuation, encode_start
 
 NO_VISION = (
@@ -85,6 +85,19 @@ class PromptReader:
             return self._with_media({**prompt, "input_ids": _flat(prompt["input_ids"])})
         vocab_size = self._binding.vocab_size
         return Prompt(read_prompt(prompt, self._tokenizer, vocab_size=vocab_size, continues=before is not None))
+
+    def check_takes(self, kind: str) -> None:
+        """Raise `InvalidRequest` if messages cannot show this kind of media to the model."""
+        self._chat.check_takes(kind)
+
+    def rest(self, prompt: Prompt, first: int) -> Prompt:
+        """What a prompt adds to its first `first` tokens, which cut through no image: to be passed behind these."""
+        token_ids = prompt.token_ids[first:]
+        items = [] if prompt.media is None else [own for own in prompt.media.items if own.places[0] >= first]
+        if not items:
+            return Prompt(token_ids)
+        assert self._binding.vision is not None, "only a model with vision has a prompt with images"
+        return Prompt(token_ids, media=self._binding.vision.read(token_ids, together(items)))
 
     def _takes(self, inputs: Mapping[str, Any]) -> bool:
         """Whether this is a processor's output, for a model that takes such."""

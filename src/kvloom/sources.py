@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvloom.errors import InvalidRequest
 from kvloom.models import Binding, Source
-from kvloom.models.encoder import Encoder
+from kvloom.models.source import SourceReader
 from kvloom.prompts import Prompt, is_list_of_prompts, read_prompt, read_prompts
 
 
@@ -70,24 +70,26 @@ def read_sourced(prompt: Any, tokenizer: Any, binding: Binding, start: Start) ->
 
     Args:
         prompt: text, token ids (a list, or a tensor of shape [tokens] or [1, tokens]), features (a float tensor of
-            shape [bins, frames] or [1, bins, frames]), or a list of these.
+            shape [bins, frames] or [1, bins, frames]), or a list of these; or a `Prompt`, which is ready.
 
     Raises:
         InvalidRequest: with what was wrong.
     """
     encoder = binding.encoder
     assert encoder is not None, "only encoder-decoder models read sources"
+    if isinstance(prompt, Prompt):
+        return [prompt], False
     if prompt is None:
         raise InvalidRequest(
             "there is nothing to decode from: the first argument of an encoder-decoder model is its source, "
-            + ("features." if encoder.reads_features else "text or token ids.")
+            f"{encoder.description}."
         )
     sources, several = read_sources(prompt, tokenizer, encoder)
     begins = start.each(binding, len(sources))
     return [Prompt(ids, source) for ids, source in zip(begins, sources, strict=True)], several
 
 
-def read_sources(prompt: Any, tokenizer: Any, encoder: Encoder) -> tuple[list[Source], bool]:
+def read_sources(prompt: Any, tokenizer: Any, encoder: SourceReader) -> tuple[list[Source], bool]:
     """Each source that a user passed, and whether several were."""
     if encoder.vocab_size is not None:
         read = read_prompts(prompt, tokenizer, vocab_size=encoder.vocab_size)
@@ -97,8 +99,8 @@ def read_sources(prompt: Any, tokenizer: Any, encoder: Encoder) -> tuple[list[So
     wrong = next((own for own in each if not isinstance(own, Tensor) and not hasattr(own, "__array__")), None)
     if wrong is not None or not each:
         raise InvalidRequest(
-            "this model's source is `input_features`, as its feature extractor gives them: a float tensor, or a list "
-            f"of them; got {type(prompt if wrong is None else wrong).__name__}."
+            f"this model's source is {encoder.description}: a float tensor, or a list of them; got "
+            f"{type(prompt if wrong is None else wrong).__name__}."
         )
     return [encoder.of_features(torch.as_tensor(own)) for own in each], several
 

@@ -92,7 +92,7 @@ def test_samples_contexts_and_verify_hold(lm: LanguageModel, prompts: list[list[
         ({"attn_selective": True}, {}, "attn_selective"),
         ({"attn_data_dependent_alibi": True}, {}, "attn_data_dependent_alibi"),
         ({"attn_orthog_projected_values": True}, {}, "differs from the model's own"),
-        ({"cross_attend": True}, {}, "wrapper.attn_layers"),
+        ({"cross_attend": True, "only_cross": True}, {}, "has no self-attention"),
         ({}, {"max_mem_len": 8}, "max_mem_len"),
         ({}, {"num_memory_tokens": 2}, "num_memory_tokens"),
         ({}, {"recycling": True}, "recycling"),
@@ -104,6 +104,79 @@ def test_what_cannot_be_cached_is_refused_with_the_reason(
 ) -> None:
     with pytest.raises(UnsupportedModel, match=reason):
         kvloom.attach(wrapper(decoder, **options))
+
+
+# ---- token ids beside a source ---------------------------------------------------------------------------------
+
+
+SOURCED: dict[str, dict[str, Any]] = {
+    "absolute positions": {},
+    "rotary, flash, another width": {"rotary_pos_emb": True, "attn_flash": True, "cross_attn_dim_context": 32},
+    "alibi, grouped heads": {"alibi_pos_bias": True, "attn_kv_heads": 2},
+    "relative positions": {"rel_pos_bias": True},
+    "tied layers": {"weight_tie_layers": True, "rotary_pos_emb": True},
+}
+BEGUN = [[1, 2, 3], [4], [5, 6, 7, 8]]
+
+
+@pytest.fixture(scope="module", params=SOURCED)
+def sourced(request: pytest.FixtureRequest) -> LanguageModel:
+    return kvloom.attach(wrapper({"cross_attend": True, **SOURCED[request.param]}))
+
+
+def encoded(lm: LanguageModel, *lengths: int) -> list[Tensor]:
+    return [2 * inputs(1, tokens, lm.binding.encoder.dim, seed=tokens)[0] for tokens in lengths]
+
+
+def test_a_wrapper_with_cross_attention_decodes_from_embeddings_as_it_does_itself(sourced: LanguageModel) -> None:
+    model, sources = sourced.binding._wrapper, encoded(sourced, 5, 17, 9)
+    outs = sourced.generate(sources, decoder_input_ids=BEGUN, max_new_tokens=8)
+    for out, source, begun in zip(outs, sources, BEGUN, strict=True):
+        tokens = list(begun)
+        for _ in range(8):
+            with torch.no_grad():
+                tokens.append(int(model(torch.tensor([tokens]), context=source[None])[0, -1].argmax()))
+        assert out.token_ids == tokens[len(begun) :]
+    assert len({tuple(out.token_ids) for out in outs}) == 3
+    moved = sourced.generate(sources[1], decoder_input_ids=BEGUN[0], max_new_tokens=8)
+    assert moved.token_ids != outs[0].token_ids, "another source makes a difference"
+
+
+def test_beams_samples_scores_and_contexts_share_one_pass_over_the_source(sourced: LanguageModel) -> None:
+    sources = encoded(sourced, 6, 20)
+    beams = {"decoder_input_ids": BEGUN[:2], "num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 8}
+    cached, uncached = (sourced.beam_search(sources, use_cache=use, **beams) for use in (True, False))
+    assert [[o.token_ids for o in own] for own in cached] == [[o.token_ids for o in own] for own in uncached]
+    usage = cached[1][0].usage
+    assert (usage.source_tokens, usage.computed_source_tokens) == (20, 20)
+    # The source's two blocks are held once for three beams.
+    assert sourced.generate(sources[1], decoder_input_ids=[1], max_new_tokens=2).usage.computed_source_tokens == 0
+    drawn = {"do_sample": True, "seed": 4, "num_return_sequences": 3, "max_new_tokens": 6, "decoder_input_ids": [1, 2]}
+    pair = [sourced.generate(sources[0], use_cache=use, **drawn) for use in (True, False)]
+    assert [own.token_ids for own in pair[0]] == [own.token_ids for own in pair[1]]
+    context = sourced.prefill(sources[0], decoder_input_ids=[1, 2, 3])
+    went_on = sourced.generate([9], context=context, max_new_tokens=5)
+    whole = sourced.generate(sources[0], decoder_input_ids=[1, 2, 3, 9], max_new_tokens=5, use_cache=False)
+    assert went_on.token_ids == whole.token_ids
+    scores = [sourced.score([[3, 4], [5]], prompt=sources[0], decoder_input_ids=[1], use_cache=use) for use in (1, 0)]
+    assert [own.logprob for own in scores[0]] == pytest.approx([own.logprob for own in scores[1]], abs=1e-4)
+
+
+def test_a_wrapper_with_cross_attention_verifies_and_says_what_a_source_is() -> None:
+    lm = kvloom.attach(wrapper({"cross_attend": True}))
+    report = lm.verify(max_new_tokens=5)
+    assert report.ok and len(report.source_tokens) == 2
+    context = lm.prefill(encoded(lm, 4)[0], decoder_input_ids=[1])
+    for call, message in [
+        (lambda: lm.generate(encoded(lm, 4)[0]), "the decoder's first token is not known"),
+        (lambda: lm.generate([5, 6], decoder_input_ids=[1]), "source is embeddings, float"),
+        (lambda: lm.generate(torch.zeros(3, 47), decoder_input_ids=[1]), r"shape \[tokens, 48\]"),
+        (lambda: lm.generate(torch.zeros(2, 3, 48), decoder_input_ids=[1]), "Pass several sources as a list"),
+        (lambda: context.save("x.kv"), "keeps no keys and values that another process would know"),
+        (lambda: kvloom.attach(wrapper({"cross_attend": True}), codec="int8"), "computes its attention itself"),
+    ]:
+        with pytest.raises(InvalidRequest, match=message):
+            call()
 
 
 def test_other_parts_of_the_package_and_arguments_of_callables_are_refused() -> None:

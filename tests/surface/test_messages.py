@@ -15,6 +15,7 @@ from transformers import ProcessorMixin
 import kvloom
 from kvloom import InvalidRequest, LanguageModel
 from kvloom.cli import kvloom as command
+from kvloom.conversation import Conversation
 from tiny_vision import CHAT_TEMPLATE, chat_model, tiny_processor
 
 NEW = 8
@@ -226,3 +227,69 @@ def test_the_command_shows_images(folder: Path, processor: ProcessorMixin, photo
     assert refused.exit_code == 2 and "takes no images" in refused.stderr
     refused = run("--image", photos[0], "--token-ids", "1 2 3")
     assert refused.exit_code == 2 and "does not go with `--token-ids`" in refused.stderr
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    for number, photo in ((2, photos[0]), (10, photos[1])):
+        (frames / f"frame{number}.png").write_bytes(photo.read_bytes())
+    done = run("--model", folder, "--frames", frames, "What is this?", "--json", "--max-new-tokens", NEW)
+    assert json.loads(done.stdout)["generations"] == found["generations"], "2 comes before 10"
+    for arguments, message in [
+        (("--frames", tmp_path / "none"), "there is no folder"),
+        (("--frames", folder), "holds no images"),
+        (("--video", photos[0]), "Install torchvision, or pass the frames as images (`--frames FOLDER`)"),
+    ]:
+        refused = run("--model", folder, *arguments, "What is this?")
+        assert refused.exit_code == 2 and message in refused.stderr.replace("\n", " "), refused.stderr
+
+
+def test_verify_shows_images(folder: Path, photos: list[Path]) -> None:
+    arguments = ["verify", "--model", folder, "--image", photos[0], "--json", "--max-new-tokens", 4]
+    done = CliRunner().invoke(command, [*map(str, arguments)])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert told["ok"] and len(told["prompt_tokens"]) == 1
+    refused = CliRunner().invoke(command, ["verify", "--image", str(photos[0])])
+    assert refused.exit_code == 2 and "takes no images" in refused.stderr
+
+
+# ---- conversations with images -----------------------------------------------------------------------------------
+
+
+def test_a_turn_with_an_image_computes_its_new_tokens_only(folder: Path, photos: list[Path], tmp_path: Path) -> None:
+    lm = kvloom.load(folder)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    talking = Conversation(lm, options=options)
+    first = "".join(talking.say("What is this?", images=[photos[0]]))
+    "".join(talking.say("And this?", images=[str(photos[1])]))
+    "".join(talking.say("Thank you."))
+    assert talking.last is not None and talking.context is not None and talking.context.media is not None
+    assert len(talking.context.media.items) == 2
+    usage = talking.last.usage
+    assert usage.computed_prompt_tokens < usage.prompt_tokens / 2
+    whole = lm.generate(talking._written(talking.turns.pop()), use_cache=False, **options)
+    assert whole.token_ids == talking.last.token_ids
+    assert talking.undo().said == "And this?"
+    talking.undo()
+    assert "".join(talking.say("What is this?", images=[photos[1]])) != first, "another image"
+    talking.undo()
+    assert "".join(talking.say("What is this?", images=[photos[0]])) == first
+    talking.save(tmp_path / "talk.json")
+    again = Conversation(kvloom.load(folder), options=options)
+    assert again.load(tmp_path / "talk.json") is None
+    assert "".join(again.say("Thank you.")) == "".join(talking.say("Thank you."))
+    assert again.last is not None and again.last.usage.computed_prompt_tokens < again.last.usage.prompt_tokens / 2
+
+
+def test_the_chat_command_shows_images(folder: Path, photos: list[Path]) -> None:
+    def run(lines: str, *arguments: object) -> Result:
+        return CliRunner().invoke(command, ["chat", "--max-new-tokens", "4", *map(str, arguments)], input=lines)
+
+    done = run(f"/image {photos[1]}\nWhat are these?\nGo on.\n", "--model", folder, "--image", photos[0])
+    assert done.exit_code == 0, done.output
+    assert "2 images will be shown with what you say next" in done.stderr
+    facts = [line for line in done.stderr.splitlines() if "from the cache" in line]
+    assert len(facts) == 2 and "0 from the cache" in facts[0] and " 0 from the cache" not in facts[1]
+    assert "needs the name of a file" in run("/image\n", "--model", folder).stderr
+    assert "there is no file" in run("/image none.png\n", "--model", folder).stderr
+    refused = run("Hello\n", "--image", photos[0])
+    assert refused.exit_code == 2 and "takes no images" in refused.stderr

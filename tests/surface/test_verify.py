@@ -411,3 +411,44 @@ def test_the_command_ends_with_status_1_if_a_check_fails(stories260k: Path, monk
     assert shown.exit_code == 1
     assert "FAILED" in shown.stdout.upper() and shown.stdout.splitlines()[-1].startswith("NOT verified: ")
     assert json.loads(CliRunner().invoke(command, [*arguments, "--json"]).stdout)["ok"] is False
+
+
+# ---- models that multiply rounding -------------------------------------------------------------------------------
+
+
+def wide_t5(dtype: torch.dtype) -> kvloom.LanguageModel:
+    """Without a scale its attention is all or nothing under such weights, and eight layers of it multiply rounding."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 100, "d_model": 128, "d_ff": 256, "d_kv": 64, "num_heads": 2, "num_layers": 8}
+    config = T5Config(**sizes, decoder_start_token_id=0, eos_token_id=None, pad_token_id=0)
+    model = T5ForConditionalGeneration(config).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        if weight.dim() == 2:
+            weight.normal_(0, 0.25, generator=generator)
+    return kvloom.attach(model.to(dtype))
+
+
+def test_what_wide_random_weights_do_in_float32_is_rounding_and_the_report_says_so() -> None:
+    reports = [
+        wide_t5(dtype).verify([list(range(3, 23))], max_new_tokens=6) for dtype in (torch.float32, torch.float64)
+    ]
+    assert not reports[0].ok and reports[1].ok, "what float64 does not show is no mistake"
+    assert max(check.max_difference for check in reports[1].checks) < 1e-6
+    found = max(check.max_difference for check in reports[0].checks)
+    assert reports[0].movement is not None and reports[0].movement > found / 10
+    assert "without any cache" in str(reports[0]) and "Verify in float64" in str(reports[0])
+    assert reports[1].movement is None and reports[1].advice() is None
+
+
+def test_a_mistake_in_a_model_that_does_not_multiply_rounding_is_not_excused(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = attach("t5")
+    write = Store.write_source
+    monkeypatch.setattr(
+        Store, "write_source", lambda own, layer, slots, keys, *v: write(own, layer, slots, 1.5 * keys, *v)
+    )
+    report = lm.verify(max_new_tokens=4)
+    assert not report.ok
+    assert report.movement is not None and report.movement < 1e-3
+    assert report.advice() is None

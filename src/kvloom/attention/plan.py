@@ -107,7 +107,7 @@ def build_plan(
     groups = []
     for index, group in enumerate(cache.groups):
         reach = group.group.reach
-        written = cache.written(extension, index) if cache.layout.seals else None
+        written = cache.written(extension, index) if cache.layout.seals and not reach.cross else None
         sources = tuple(
             _source(sequence, index, reach, row, count, None if written is None else written[i])
             for i, (sequence, row, count) in enumerate(

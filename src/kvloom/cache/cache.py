@@ -273,7 +273,7 @@ class KVCache:
 
         What is computed from there on is what it was before: the block is filled anew from its first token.
         """
-        while (length := min(table.unsealed_length(tokens) for table in sequence.tables)) < tokens:
+        while (length := min(table.unsealed_length(tokens) for table, _ in self._own_tables(sequence))) < tokens:
             tokens = length
         return tokens
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -144,13 +144,21 @@ class CacheLayout:
         )
 
     def bytes_per_open_block(self, group: LayerGroup) -> int:
-        """What a block of `group` takes besides while it is open; 0 where open blocks have no arena of their own."""
-        return self.native_bytes_per_block(group) if self.seals else 0
+        """What a block of `group` takes besides while it is open; 0 where open blocks have no arena of their own.
+
+        Cross-attention has no open blocks: a source comes as a whole, and nothing is ever appended to it.
+        """
+        return self.native_bytes_per_block(group) if self.seals and not group.reach.cross else 0
 
     def native_bytes_per_block(self, group: LayerGroup) -> int:
         """Bytes of one block of `group` in the cache's dtype, over all its layers."""
         elements = sum(self.layers[layer].elements_per_token() for layer in group.layers)
         return elements * self.block_tokens * self.dtype.itemsize
+
+    def of_open_blocks(self) -> CacheLayout:
+        """The layout of the arena: native, and without room for cross-attention."""
+        layers = tuple(replace(own, kv_heads=0) if own.reach.cross else own for own in self.layers)
+        return replace(self, layers=layers, block_bounds=False)
 
     def bounds(self, group: LayerGroup) -> bool:
         """Whether the blocks of `group` keep the bounds of their keys."""

@@ -28,6 +28,10 @@ tensor                  holds
 ``value_codes.{layer}``  int8[kv_heads, sealed tokens, value_dim]
 ======================  =====================================================================================
 
+A context that decodes from a source or shows images has these, too, so that it can be computed anew: tensors
+``beside.{name}``, of any shape, and ``beside`` in the metadata (JSON); see `models.beside`. The group of
+cross-attention holds the positions of the source.
+
 A file is written aside and renamed, so there is the old file or the new one, whole, whatever happens.
 """
 
@@ -37,9 +41,9 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -58,6 +62,7 @@ from kvloom.errors import CorruptSnapshot, InvalidRequest, SnapshotMismatch, Sna
 FORMAT = "kvloom-snapshot"
 VERSION = "1"
 DIGEST_BYTES = 32
+BESIDE = "beside."
 
 _SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -65,12 +70,26 @@ _SAFETENSORS_DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.int64: "I64",
+    torch.int32: "I32",
     torch.int8: "I8",
     torch.uint8: "U8",
 }
 
 Regime = tuple[int, ...] | None
 """A rotary regime as a file can hold it."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a sequence stands on besides its tokens, for a floor that knows what it is.
+
+    Attributes:
+        facts: what JSON can hold.
+        tensors: by name.
+    """
+
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +130,7 @@ def write_snapshot(
     token_ids: Sequence[int],
     regime: Regime,
     origin: Origin,
+    beside: Beside,
 ) -> None:
     """Write what `sequence` holds. One layer at a time is gathered, so little memory is needed.
 
@@ -129,13 +149,14 @@ def write_snapshot(
         "regime": json.dumps(regime),
         "tokens": str(sequence.tokens),
         **({} if origin.block_tokens is None else {"block_tokens": str(origin.block_tokens)}),
+        **({"beside": json.dumps(beside.facts)} if beside.facts else {}),
     }
-    contents = _contents(cache, sequence, token_ids)
+    contents = _contents(cache, sequence, token_ids, beside)
     digest = _Digest(metadata)
     with _written_aside(target) as file:
         file.write(_header(metadata, contents))
         for name, content in contents:
-            tensor = content.read() if isinstance(content, Part) else content
+            tensor = content.read() if isinstance(content, Part) else content.cpu()
             digest.add(name, tensor)
             file.write(_bytes_of(tensor))
         file.write(digest.bytes())
@@ -168,6 +189,7 @@ class SnapshotReader:
         regime: the rotary regime under which it was computed.
         tokens: how many of the tokens have keys and values, or had before a window let go of them.
         token_ids: all tokens of the context.
+        beside: what it stands on besides these; to be believed once `load` has checked the digest.
     """
 
     def __init__(self, source: Path, file: Any) -> None:
@@ -188,8 +210,9 @@ class SnapshotReader:
             )
             self.regime = _regime(json.loads(self._metadata["regime"]))
             self.tokens = int(self._metadata["tokens"])
+            self.beside = Beside(json.loads(self._metadata.get("beside", "{}")), self._tensors_beside())
         except (KeyError, ValueError, TypeError) as error:
-            raise self._corrupt(f"its header is wrong ({error})") from error
+            raise self.corrupt(f"its header is wrong ({error})") from error
         self.token_ids: list[int] = self._read("token_ids", (None,), torch.int64).tolist()
 
     def check_origin(self, own: Origin) -> None:
@@ -216,11 +239,12 @@ class SnapshotReader:
         groups = []
         for index in range(len(layout.groups)):
             own = self._read(f"positions.{index}", (None,), torch.int64).numpy()
-            if (np.diff(own) <= 0).any() or (len(own) and (own[0] < 0 or own[-1] >= self.tokens)):
-                raise self._corrupt(f"the positions of group {index} are not ascending positions of its tokens")
+            end = len(own) if layout.groups[index].reach.cross else self.tokens
+            if (np.diff(own) <= 0).any() or (len(own) and (own[0] < 0 or own[-1] >= end)):
+                raise self.corrupt(f"the positions of group {index} are not ascending positions of its tokens")
             groups.append(own)
         if not 0 < self.tokens <= len(self.token_ids):
-            raise self._corrupt(f"it says that {self.tokens} of {len(self.token_ids)} tokens are computed")
+            raise self.corrupt(f"it says that {self.tokens} of {len(self.token_ids)} tokens are computed")
         if not layout.seals:
             return tuple(Placement.of_positions(own, layout.block_tokens) for own in groups)
         return tuple(self._sealed_placement(index, own, layout) for index, own in enumerate(groups))
@@ -231,10 +255,10 @@ class SnapshotReader:
         offsets, counts, opened = saved.T
         starts = np.cumsum(counts) - counts
         if (counts < 1).any() or int(counts.sum()) != len(positions) or opened[:-1].any():
-            raise self._corrupt(f"the runs of group {group} are not those of its positions")
+            raise self.corrupt(f"the runs of group {group} are not those of its positions")
         placement = Placement(np.stack([offsets, counts, positions[starts]], axis=1), bool(opened[-1:].any()))
         if not placement.holds(positions, layout.block_tokens):
-            raise self._corrupt(f"the runs of group {group} do not fit blocks of {layout.block_tokens} tokens")
+            raise self.corrupt(f"the runs of group {group} do not fit blocks of {layout.block_tokens} tokens")
         return placement
 
     def load(self, cache: KVCache, sequence: CachedSequence) -> None:
@@ -243,17 +267,19 @@ class SnapshotReader:
         Call it after `placements`. Raises `CorruptSnapshot` if anything is not as it was written; the sequence then
         holds nothing of use.
         """
-        contents = _contents(cache, sequence, self.token_ids)
+        contents = _contents(cache, sequence, self.token_ids, self.beside)
         if {name for name, _ in contents} | {"digest"} != set(self._file.keys()):
-            raise self._corrupt("it holds other tensors than the model's layers")
+            raise self.corrupt("it holds other tensors than the model's layers")
         for name, part in contents:
             if isinstance(part, Part):
                 part.write(self._read(name, part.shape, part.dtype))
+            elif name.startswith(BESIDE):
+                self._digest.add(name, part)
         stored = cache.held(sequence)
         for layer, group in enumerate(cache.layout.group_of_layer):
             cache.store.restored(layer, stored[group])
         if bytes(self._file.get_tensor("digest").numpy()) != self._digest.bytes():
-            raise self._corrupt("its content does not match its digest")
+            raise self.corrupt("its content does not match its digest")
 
     def _read(self, name: str, shape: tuple[int | None, ...], dtype: torch.dtype) -> Tensor:
         """One tensor, which the digest takes in, so each is read once and in the order of writing."""
@@ -262,11 +288,16 @@ class SnapshotReader:
             want in (None, have) for want, have in zip(shape, tensor.shape, strict=True)
         )
         if not fits or tensor.dtype != dtype:
-            raise self._corrupt(f"`{name}` has the shape {list(tensor.shape)} in {tensor.dtype}")
+            raise self.corrupt(f"`{name}` has the shape {list(tensor.shape)} in {tensor.dtype}")
         self._digest.add(name, tensor)
         return tensor
 
-    def _corrupt(self, what: str) -> CorruptSnapshot:
+    def _tensors_beside(self) -> dict[str, Tensor]:
+        names = sorted(name for name in self._file.keys() if name.startswith(BESIDE))  # noqa: SIM118 - it is no dict
+        return {name.removeprefix(BESIDE): self._file.get_tensor(name) for name in names}
+
+    def corrupt(self, what: str) -> CorruptSnapshot:
+        """The error of a file that is not as it was written."""
         return CorruptSnapshot(f"`{self._source}` is damaged: {what}. Save the context anew.")
 
 
@@ -288,7 +319,9 @@ def _regime(value: object) -> Regime:
 # ---- what is in the file -----------------------------------------------------------------------------------------
 
 
-def _contents(cache: KVCache, sequence: CachedSequence, token_ids: Sequence[int]) -> list[tuple[str, Tensor | Part]]:
+def _contents(
+    cache: KVCache, sequence: CachedSequence, token_ids: Sequence[int], beside: Beside
+) -> list[tuple[str, Tensor | Part]]:
     """What is in the file by name, in its order, without the digest: wide dtypes first, so that all are aligned.
 
     Parts of the store are gathered when they are read, one at a time.
@@ -305,7 +338,10 @@ def _contents(cache: KVCache, sequence: CachedSequence, token_ids: Sequence[int]
         for layer, group in enumerate(cache.layout.group_of_layer)
         for name, part in cache.store.parts(layer, held[group]).items()
     ]
-    return contents + sorted(parts, key=lambda own: -own[1].dtype.itemsize)
+    others: list[tuple[str, Tensor | Part]] = [
+        (f"{BESIDE}{name}", beside.tensors[name]) for name in sorted(beside.tensors)
+    ]
+    return contents + sorted([*others, *parts], key=lambda own: -own[1].dtype.itemsize)
 
 
 def _runs_of(placement: Placement) -> Tensor:

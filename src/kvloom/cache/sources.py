@@ -1,8 +1,9 @@
 """Cross-attention's keys and values: computed once a source, in blocks that every sequence of that source shares.
 
 A source has a table of its own in the group of cross-attention, and each sequence that decodes from it a fork of that
-table. Nothing is ever appended to it, so a fork never copies, and a reordering of beams has nothing to move. The
-blocks are known by the source's key, so the same source is found again as long as its blocks are not reclaimed.
+table. Nothing is ever appended to it, so a fork never copies, a reordering of beams has nothing to move, and a codec
+seals all its blocks at once. The blocks are known by the source's key, so the same source is found again as long as its
+blocks are not reclaimed.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ def place_source(cache: KVCache, sequence: CachedSequence, tokens: int) -> Slots
     """
     group, table = _of(cache, sequence)
     group.ensure_free(blocks_of(tokens, cache.layout.block_tokens))
-    return table.append(tokens).slots
+    slots = table.append(tokens).slots
+    if group.pool.open_blocks is not None:
+        # It never grows, so its last block is as full as it will be.
+        group.pool.open_blocks.seal(table.blocks)
+    return slots
 
 
 def remember_source(cache: KVCache, sequence: CachedSequence, key: bytes) -> None:

@@ -7,10 +7,11 @@ open blocks natively in an arena, which is a small `Store` of its own.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvloom.blocks import BlockCopy
 from kvloom.cache.codec import SCALE_DTYPE, decode, encode_keys, encode_values
@@ -97,6 +98,14 @@ class Store:
             else:
                 self._writer.write(store, slots, rows)
         self._bound(layer, slots)
+        return self.keys[layer], self.values[layer]
+
+    def write_source(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put a source's keys and values, [kv_heads, tokens, dim], into int64[tokens] slots."""
+        self.write(layer, slots, keys, values)
+
+    def source(self, layer: int) -> tuple[Tensor, Tensor]:
+        """What cross-attention reads: all keys and all values of the layer."""
         return self.keys[layer], self.values[layer]
 
     def _bound(self, layer: int, slots: Tensor) -> None:
@@ -232,7 +241,7 @@ class Int8Store:
 
     def __init__(self, layout: CacheLayout, blocks: int, device: torch.device) -> None:
         self.layout = layout
-        self.open = Store(replace(layout, block_bounds=False), layout.open_blocks(blocks), device)
+        self.open = Store(layout.of_open_blocks(), layout.open_blocks(blocks), device)
         self.bounds = _bounds(layout, blocks, device)
         size = layout.block_tokens
 
@@ -277,6 +286,26 @@ class Int8Store:
             self.open.write(layer, landing.open_slots, keys.index_select(1, rows), values.index_select(1, rows))
         return MixedKept(self.sealed_keys[layer], native_keys), MixedKept(self.sealed_values[layer], native_values)
 
+    def write_source(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Seal the blocks of a source, the last and perhaps partial one included.
+
+        Args:
+            slots: int64[tokens], of whole blocks from their beginnings on. keys, values: [kv_heads, tokens, dim].
+        """
+        size = self.layout.block_tokens
+        blocks = slots[::size] // size
+
+        def by_block(rows: Tensor) -> Tensor:
+            # Zeros change no scale of a key's channel, which is that of its largest number.
+            return pad(rows, (0, 0, 0, -rows.shape[1] % size)).view(rows.shape[0], -1, size, rows.shape[2])
+
+        self._put(layer, blocks, by_block(keys), by_block(values))
+
+    def source(self, layer: int) -> tuple[MixedKept, MixedKept]:
+        """What cross-attention reads: codes alone."""
+        own, other = self.open.keys[layer], self.open.values[layer]
+        return MixedKept(self.sealed_keys[layer], own), MixedKept(self.sealed_values[layer], other)
+
     def parts(self, layer: int, held: Stored) -> Parts:
         """The same: keys and values of the open block, codes and scales of sealed ones."""
         slots, blocks = torch.from_numpy(held.sealed_slots), torch.from_numpy(held.sealed_blocks)
@@ -298,14 +327,18 @@ class Int8Store:
             gathered = tensor.index_select(1, landing.filled_from.flatten())
             return gathered.view(tensor.shape[0], *landing.filled_from.shape, tensor.shape[2])
 
-        sealed_keys, sealed_values = self.sealed_keys[layer], self.sealed_values[layer]
-        codes, scales = encode_keys(blocks_of(keys))
-        _by_block(sealed_keys.codes, self.layout).index_copy_(1, landing.filled_blocks, codes)
-        sealed_keys.scales.index_copy_(1, landing.filled_blocks, scales)
-        codes, scales = encode_values(blocks_of(values))
-        _by_block(sealed_values.codes, self.layout).index_copy_(1, landing.filled_blocks, codes)
-        _by_block(sealed_values.scales, self.layout).index_copy_(1, landing.filled_blocks, scales)
+        self._put(layer, landing.filled_blocks, blocks_of(keys), blocks_of(values))
         self._bound(layer, landing.filled_blocks)
+
+    def _put(self, layer: int, blocks: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Encode the content of int64[n] blocks, [kv_heads, n, tokens, dim]."""
+        sealed_keys, sealed_values = self.sealed_keys[layer], self.sealed_values[layer]
+        codes, scales = encode_keys(keys)
+        _by_block(sealed_keys.codes, self.layout).index_copy_(1, blocks, codes)
+        sealed_keys.scales.index_copy_(1, blocks, scales)
+        codes, scales = encode_values(values)
+        _by_block(sealed_values.codes, self.layout).index_copy_(1, blocks, codes)
+        _by_block(sealed_values.scales, self.layout).index_copy_(1, blocks, scales)
 
     def _bound(self, layer: int, blocks: Tensor) -> None:
         """Note the bounds of sealed blocks: of the numbers that are read."""

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 MAIN = "main"
 HELP = """\
+/image FILE    show an image with what you say next; may be repeated
 /undo          take back the last turn
 /fork NAME     branch off here, and go on in the branch
 /switch NAME   go on in another branch; without a name: list them
@@ -56,11 +57,19 @@ Ctrl-C stops an answer; what was said so far stays."""
     section="Conversation",
     help="The most tokens of an answer; less where the model's context ends.",
 )
+@option(
+    "--image",
+    "images",
+    metavar="PATH",
+    multiple=True,
+    section="Conversation",
+    help="Show an image-text model this image with the first turn; /image shows one later. May be repeated.",
+)
 @quiet_option("Conversation", no="notes, no line about each turn")
 @sampling_options
 @retention_options
 @model_options
-def chat(system: str | None, quiet: bool, **options: Any) -> None:
+def chat(system: str | None, images: tuple[str, ...], quiet: bool, **options: Any) -> None:
     """Talk with a model.
 
     Each line is a turn. The model's chat template wraps it; without one the model goes on from the text as it stands. A
@@ -80,7 +89,10 @@ def chat(system: str | None, quiet: bool, **options: Any) -> None:
     if not quiet:
         plain = "" if conversation.has_template else " It has no chat template: it goes on from your text as it stands."
         note(f"talking with {model_name(settings['model'])}; /help lists the commands.{plain}")
-    _Chat(conversation, quiet=quiet).run()
+    talking = _Chat(conversation, quiet=quiet)
+    for path in images:
+        talking.show(path)
+    talking.run()
 
 
 class _Chat:
@@ -90,7 +102,9 @@ class _Chat:
         self._branches = {MAIN: conversation}
         self._branch = MAIN
         self._quiet = quiet
+        self._shown: list[str] = []
         self._commands: dict[str, Callable[[str], None]] = {
+            "image": self._image,
             "undo": self._undo,
             "fork": self._fork,
             "switch": self._switch,
@@ -102,6 +116,10 @@ class _Chat:
     @property
     def _now(self) -> Conversation:
         return self._branches[self._branch]
+
+    def show(self, path: str) -> None:
+        """Show an image with the next turn."""
+        self._shown.append(self._now.readable_image(path))
 
     def run(self) -> None:
         """Take lines until there are no more."""
@@ -150,9 +168,10 @@ class _Chat:
         start = time.perf_counter()
         shown = ""
         with _interruptible() as stopped:
-            for piece in self._now.say(text, stop=stopped):
+            for piece in self._now.say(text, images=self._shown, stop=stopped):
                 print_piece(piece)
                 shown += piece
+        self._shown = []
         if not shown.endswith("\n"):
             click.echo()
         if stopped() and is_terminal(sys.stderr):
@@ -169,6 +188,13 @@ class _Chat:
             f"{usage.new_tokens:,} new, {seconds:.1f} s"
         )
         click.echo(click.style(facts, dim=True), err=True)
+
+    def _image(self, name: str) -> None:
+        if not name:
+            raise InvalidRequest("/image needs the name of a file.")
+        self.show(name)
+        count = len(self._shown)
+        note(f"{count} image{'' if count == 1 else 's'} will be shown with what you say next.")
 
     def _undo(self, _: str) -> None:
         turn = self._now.undo()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from kvloom.cli.params import (
 )
 from kvloom.cli.prompts import read_ids, read_prompt
 from kvloom.cli.retention import read_retention, retention_options
+from kvloom.cli.shown import shown_blocks, with_text
 from kvloom.cli.terminal import is_file, is_terminal, note
 from kvloom.cli.values import Alternatives, TokenId
 from kvloom.errors import InvalidRequest
@@ -55,6 +56,20 @@ COUNT = click.IntRange(min=1)
     multiple=True,
     section="Input and output",
     help="Show an image-text model this image, before PROMPT as a message. May be repeated.",
+)
+@option(
+    "--frames",
+    metavar="FOLDER",
+    section="Input and output",
+    help="Show the images of a folder, in the order of their names, such as the frames of a video.",
+)
+@option(
+    "--video",
+    "videos",
+    metavar="PATH",
+    multiple=True,
+    section="Input and output",
+    help="Show this video, which needs torchvision and a library that decodes it; --frames needs neither.",
 )
 @option(
     "--json",
@@ -136,6 +151,8 @@ def generate(
     prompt: str | None,
     token_ids: bool,
     images: tuple[str, ...],
+    frames: str | None,
+    videos: tuple[str, ...],
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -143,7 +160,7 @@ def generate(
     """Continue PROMPT, or decode from it with an encoder-decoder model.
 
     PROMPT is text. `-` reads it from standard input, as does a pipe if there is no PROMPT; one newline at its
-    end is dropped. With --image it is a message, written as the model's chat template has it. Standard output
+    end is dropped. With an image it is a message, written as the model's chat template has it. Standard output
     holds the generated text and nothing else. It is streamed, unless there are beams or several sequences.
 
     \b
@@ -158,9 +175,10 @@ def generate(
     if retention is not None and options["no_cache"]:
         raise click.UsageError("`--retention` and `--no-cache` contradict each other. Leave one away.")
     given = _given(options)
-    if token_ids and images:
-        raise click.UsageError("`--image` shows an image beside text, so it does not go with `--token-ids`.")
-    asked = read_ids(text) if token_ids else _with_images(text, images)
+    if token_ids and (images or frames or videos):
+        flag = "--image" if images else "--frames" if frames else "--video"
+        raise click.UsageError(f"`{flag}` shows something beside text, so it does not go with `--token-ids`.")
+    asked = read_ids(text) if token_ids else with_text(shown_blocks(images, frames=frames, videos=videos), text)
     with _notes(ctx, quiet):
         lm = load_model(quiet=quiet, retention=retention, **settings)
         shown = None if token_ids else text
@@ -179,14 +197,6 @@ def generate(
 
 
 # ---- what was asked for ------------------------------------------------------------------------------------------
-
-
-def _with_images(text: str, images: Sequence[str]) -> Any:
-    """The prompt: plain text, or one message with the images before the text."""
-    if not images:
-        return text
-    blocks = [{"type": "image", "path": path} for path in images]
-    return [{"role": "user", "content": [*blocks, {"type": "text", "text": text}]}]
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

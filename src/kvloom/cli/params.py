@@ -77,7 +77,7 @@ def model_options(function: Function) -> Function:
             "--dtype",
             metavar="DTYPE",
             section="Model",
-            help="float32, bfloat16 or float16.  [default: the checkpoint's]",
+            help="float64, float32, bfloat16 or float16.  [default: the checkpoint's]",
         ),
         option("--device", metavar="DEVICE", section="Model", default="cpu", show_default=True, help="cpu or cuda."),
         option("--threads", metavar="N", type=click.IntRange(min=1), section="Model", help="Threads of PyTorch."),

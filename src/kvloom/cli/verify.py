@@ -10,11 +10,13 @@ from kvloom.cli import show
 from kvloom.cli.group import Command
 from kvloom.cli.params import json_option, load_model, model_name, model_options, option, quiet_option
 from kvloom.cli.retention import read_retention, retention_options
+from kvloom.cli.shown import shown_blocks, with_text
 from kvloom.cli.terminal import counting_runs, stdout_console
 
 if TYPE_CHECKING:
     from kvloom.verify import Report
 
+ABOUT_IMAGE = "What is this?"
 STYLES = {"bit-identical": "green", "equal": "green", "near tie": "yellow", "failed": "bold red"}
 
 
@@ -28,6 +30,14 @@ STYLES = {"bit-identical": "green", "equal": "green", "near tie": "yellow", "fai
     multiple=True,
     section="Input and output",
     help="Decode this; may be repeated.  [default: three short prompts that fit the model's context]",
+)
+@option(
+    "--image",
+    "images",
+    metavar="PATH",
+    multiple=True,
+    section="Input and output",
+    help=f'Show an image-text model this image before each --prompt, by default "{ABOUT_IMAGE}". May be repeated.',
 )
 @option(
     "--max-new-tokens",
@@ -54,6 +64,7 @@ def verify(
     as_json: bool,
     quiet: bool,
     prompts: tuple[str, ...],
+    images: tuple[str, ...],
     max_new_tokens: int | None,
     seed: int,
     **settings: Any,
@@ -71,11 +82,14 @@ def verify(
     \b
     kvloom verify
     kvloom verify --model Qwen/Qwen2.5-0.5B-Instruct --dtype float32
+    kvloom verify --model Qwen/Qwen2.5-VL-3B-Instruct --image photo.png
     """
     retention = read_retention(settings)
+    blocks = shown_blocks(images)
+    asked = [with_text(blocks, own) for own in prompts or ((ABOUT_IMAGE,) if blocks else ())]
     lm = load_model(quiet=quiet, retention=retention, **settings)
     with counting_runs("verify", quiet=quiet) as on_progress:
-        report = lm.verify(list(prompts) or None, max_new_tokens=max_new_tokens, seed=seed, on_progress=on_progress)
+        report = lm.verify(asked or None, max_new_tokens=max_new_tokens, seed=seed, on_progress=on_progress)
     model = model_name(settings["model"])
     if as_json:
         show.print_json({"model": model, **report.to_dict()})

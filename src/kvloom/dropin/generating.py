@@ -5,20 +5,24 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, PrefixConstrainedLogitsProcessor, StoppingCriteria
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from kvloom.calls import Asked
 from kvloom.decoding import Options
 from kvloom.decoding.option_checks import CHECKS
 from kvloom.decoding.refusals import REFUSED
+from kvloom.dropin.inputs import input_names, read_inputs, take_inputs
 from kvloom.dropin.outputs import Output, output_of, sequences_of
-from kvloom.dropin.padding import Batch, read_batch
+from kvloom.dropin.padding import Batch
 from kvloom.dropin.past import begin_with, carried_on
+from kvloom.dropin.processors import constrained, seeing_padding
 from kvloom.dropin.remembering import language_model
+from kvloom.dropin.transcribing import transcribe, transcribes
 from kvloom.engine import Request
 from kvloom.errors import InvalidRequest, UnsupportedOption
 from kvloom.model import LanguageModel
@@ -28,7 +32,7 @@ from kvloom.stream import Stream
 AllowedTokens = Callable[[int, Tensor], list[int]]
 
 KVLOOM_ONLY = ("context", "retention", "seed", "top_logprobs", "decoder_input_ids")
-"""Options of `LanguageModel.generate` that a call of a decoder-only `model.generate` has no place for."""
+"""Options of `LanguageModel.generate` for which `model.generate` has no place, or only that of another model."""
 
 
 def generate(
@@ -48,22 +52,28 @@ def generate(
     and its state; what is not supported is refused by name.
 
     Args:
-        model: a causal language model of transformers, attached at the first call and remembered for as long as it
-            lives; or a `LanguageModel`, whose budget and retention then hold.
-        inputs: int64[batch, width], padded on the left; `input_ids=` is the same.
+        model: a language model of transformers, causal or encoder-decoder, attached at the first call and remembered
+            for as long as it lives; or a `LanguageModel`, whose budget and retention then hold.
+        inputs: int64[batch, width], padded on the left; `input_ids=` is the same. Of an encoder-decoder model it is the
+            source, padded on the right, or `input_features`. Of an image-text model pass what its processor returns,
+            `**inputs`.
         generation_config, logits_processor, stopping_criteria, kwargs: those of `model.generate`. Processors and
             criteria see the rows of one prompt at a time, without padding.
         prefix_allowed_tokens_fn: called with the index of the prompt and its tokens so far; returns the ids allowed
             next. Runs behind the processors that the options ask for.
         streamer: gets the prompt, each token and the end; for a single sequence.
 
+    Whisper transcribes recordings of any length: its own `generate` runs, with its arguments (`language`, `task`,
+    `return_timestamps`, ...), and each of its passes is decoded on the cache.
+
     Samples follow `torch.manual_seed`: each prompt's seed is drawn from PyTorch's global generator. The numbers are not
     those that transformers would draw.
 
     Returns:
-        int64[batch * num_return_sequences, width + longest]; or with `return_dict_in_generate=True` transformers'
-        `GenerateDecoderOnlyOutput` or `GenerateBeamDecoderOnlyOutput`. Of `scores` and `logits`, rows that do not run
-        any more are zeros, where transformers has what it computes for padding.
+        int64[batch * num_return_sequences, width + longest], where the width of an encoder-decoder model is that of its
+        decoder's start; or with `return_dict_in_generate=True` transformers' `GenerateDecoderOnlyOutput` and its
+        siblings. Of `scores` and `logits`, rows that do not run any more are zeros, where transformers has what it
+        computes for padding.
 
     Raises:
         InvalidRequest: before anything is computed; `UnsupportedOption` and `UnknownOption` name the argument.
@@ -74,28 +84,30 @@ def generate(
         outputs = model.generate(**inputs, max_new_tokens=64, num_beams=8)
         outputs = kvloom.generate(model, **inputs, max_new_tokens=64, num_beams=8)
     """
-    arguments = dict(kwargs)
-    lm = language_model(model, arguments.pop("tokenizer", None))
-    inputs = _one_of(inputs, arguments.pop("input_ids", None))
-    attention_mask, past = arguments.pop("attention_mask", None), arguments.pop("past_key_values", None)
-    arguments = _without_model_inputs(arguments, lm)
-    asked = Asked(None, generation_config, logits_processor, stopping_criteria, arguments)
+    tokenizer = kwargs.pop("tokenizer", None)
+    lm = language_model(model, tokenizer)
+    asked = Asked(None, generation_config, logits_processor, stopping_criteria, kwargs)
+    decode = partial(_decode, lm, allowed=prefix_allowed_tokens_fn, streamer=streamer)
+    return transcribe(lm, inputs, asked, decode) if transcribes(lm) else decode(inputs, asked)
+
+
+def _decode(
+    lm: LanguageModel, inputs: Tensor | None, asked: Asked, *, allowed: AllowedTokens | None, streamer: Any
+) -> Tensor | Output:
+    """One batch through the engine."""
+    arguments = dict(asked.options)
+    given, past = take_inputs(lm.binding, inputs, arguments), arguments.pop("past_key_values", None)
+    asked = replace(asked, options=_without_model_inputs(arguments, lm))
     options = lm.calls.options(asked)
-    batch = read_batch(inputs, attention_mask, options, device=lm.binding.device)
-    as_dict = _flag("return_dict_in_generate", arguments, generation_config, lm.generation_config)
+    batch = read_inputs(given, options, lm)
+    as_dict = _flag("return_dict_in_generate", arguments, asked.generation_config, lm.generation_config)
     options = _counted(options, batch, as_dict)
     asked = replace(asked, context=begin_with(past, lm, batch, options))
-    requests = _requests(lm, batch, asked, options, prefix_allowed_tokens_fn)
+    requests = _requests(lm, batch, asked, options, allowed)
     generations = _run(lm, batch, requests, streamer)
     past = None if past is None else carried_on(past, generations[0].context)
     decoders = [request.decoder for request in requests]
     return output_of(batch, decoders, options, past) if as_dict else sequences_of(batch, decoders)
-
-
-def _one_of(inputs: Tensor | None, input_ids: Tensor | None) -> Tensor | None:
-    if inputs is not None and input_ids is not None:
-        raise InvalidRequest("`inputs` and `input_ids` are the same argument. Pass one of them.")
-    return input_ids if inputs is None else inputs
 
 
 def _without_model_inputs(arguments: dict[str, Any], lm: LanguageModel) -> dict[str, Any]:
@@ -103,13 +115,14 @@ def _without_model_inputs(arguments: dict[str, Any], lm: LanguageModel) -> dict[
     for name in KVLOOM_ONLY:
         if name in arguments:
             raise UnsupportedOption(
-                f"`{name}` is not supported: a decoder-only `model.generate` has no such argument, a LanguageModel has."
+                f"`{name}` is not supported: this model's `generate` has no such argument, a LanguageModel has."
             )
     forward = getattr(getattr(lm.binding, "model", None), "forward", None)
     inputs = {} if forward is None else inspect.signature(forward).parameters
     for name in inputs.keys() & arguments.keys() - CHECKS.keys() - REFUSED.keys():
         if arguments.pop(name) is not None:
-            raise UnsupportedOption(f"`{name}` is not supported: of the model's inputs only token ids are taken.")
+            taken = ", ".join(f"`{own}`" for own in input_names(lm.binding))
+            raise UnsupportedOption(f"`{name}` is not supported: of the model's inputs {taken} are taken.")
     return arguments
 
 
@@ -142,17 +155,19 @@ def _requests(
     """A request for each prompt of the batch."""
     requests = []
     for index, prompt in enumerate(batch.prompts):
-        own = asked if allowed is None else replace(asked, logits_processor=_constrained(asked, allowed, index))
+        processors = list(asked.logits_processor or ())
+        padding = batch.padded[index, : batch.width - len(prompt.token_ids)]
+        if prompt.source is not None and len(padding):
+            # What a decoder's processors count, such as Whisper's, they count from the start of the padded row.
+            processors = [seeing_padding(own, padding) for own in processors]
+        if allowed is not None:
+            processors.append(constrained(partial(allowed, index)))
         seed = int(torch.randint(2**32, ())) if options.do_sample else None
         # A context that the call begins with holds the whole prompt.
         new = prompt if asked.context is None else None
+        own = replace(asked, logits_processor=processors)
         requests += lm.calls.requests(new, own, replace(options, seed=seed))[0]
     return requests
-
-
-def _constrained(asked: Asked, allowed: AllowedTokens, index: int) -> list[Any]:
-    constraint = PrefixConstrainedLogitsProcessor(lambda _, token_ids: allowed(index, token_ids), num_beams=1)
-    return [*(asked.logits_processor or ()), constraint]
 
 
 def _run(lm: LanguageModel, batch: Batch, requests: list[Request], streamer: Any) -> list[Generation]:

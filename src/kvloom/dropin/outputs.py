@@ -9,12 +9,22 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
-from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from transformers.generation import (
+    GenerateBeamDecoderOnlyOutput,
+    GenerateBeamEncoderDecoderOutput,
+    GenerateDecoderOnlyOutput,
+    GenerateEncoderDecoderOutput,
+)
 
 from kvloom.decoding import BeamSearch, Decoder, Hypothesis, Options
 from kvloom.dropin.padding import Batch
 
-Output: TypeAlias = GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput
+Output: TypeAlias = (
+    GenerateDecoderOnlyOutput
+    | GenerateBeamDecoderOnlyOutput
+    | GenerateEncoderDecoderOutput
+    | GenerateBeamEncoderDecoderOutput
+)
 
 
 def sequences_of(batch: Batch, decoders: Sequence[Decoder]) -> Tensor:
@@ -27,10 +37,12 @@ def output_of(batch: Batch, decoders: Sequence[Decoder], options: Options, past:
     """The output class that transformers returns for such a call, with what was asked to be kept."""
     sequences = sequences_of(batch, decoders)
     beams = [decoder for decoder in decoders if isinstance(decoder, BeamSearch)]
+    sourced = batch.prompts[0].source is not None
     if beams:
-        return _of_beams(sequences, beams, options)
+        return _of_beams(sequences, beams, options, sourced=sourced)
     hypotheses = [found for decoder in decoders for found in decoder.results()]
-    return GenerateDecoderOnlyOutput(
+    kind = GenerateEncoderDecoderOutput if sourced else GenerateDecoderOnlyOutput
+    return kind(
         sequences=sequences,
         scores=_steps([_kept(found.scores) for found in hypotheses]) if options.output_scores else None,
         logits=_steps([_kept(found.logits) for found in hypotheses]) if options.output_logits else None,
@@ -38,11 +50,12 @@ def output_of(batch: Batch, decoders: Sequence[Decoder], options: Options, past:
     )
 
 
-def _of_beams(sequences: Tensor, searches: list[BeamSearch], options: Options) -> GenerateBeamDecoderOnlyOutput:
+def _of_beams(sequences: Tensor, searches: list[BeamSearch], options: Options, *, sourced: bool) -> Output:
     hypotheses = [found for search in searches for found in search.results()]
     seen = [search.rows_seen() for search in searches]
     scores = [found.score for found in hypotheses]
-    return GenerateBeamDecoderOnlyOutput(
+    kind = GenerateBeamEncoderDecoderOutput if sourced else GenerateBeamDecoderOnlyOutput
+    return kind(
         sequences=sequences,
         sequences_scores=torch.tensor(scores, device=sequences.device) if options.output_scores else None,
         scores=_steps([torch.stack(own.scores) for own in seen]) if options.output_scores else None,

@@ -20,7 +20,10 @@ def begin_with(past: Any, lm: LanguageModel, batch: Batch, options: Options) -> 
     """
     if past is None:
         return None
-    if len(batch.prompts) > 1 or len(batch.prompts[0]) < batch.width or options.num_return_sequences > 1:
+    first = batch.prompts[0]
+    if first.source is not None or first.media is not None:
+        _refuse("of decoder-only models, of text")
+    if len(batch.prompts) > 1 or len(first.token_ids) < batch.width or options.num_return_sequences > 1:
         _refuse("of one prompt without padding, and one sequence")
     if options.num_beams > 1 or not options.use_cache:
         _refuse("without beams, and with `use_cache=True`")
@@ -28,7 +31,7 @@ def begin_with(past: Any, lm: LanguageModel, batch: Batch, options: Options) -> 
         _refuse("of models without sliding windows")
     if isinstance(past, DynamicCache) and past.get_seq_length() == 0:
         return None
-    return lm.import_cache(batch.prompts[0], past)
+    return lm.import_cache(first.token_ids, past)
 
 
 def carried_on(past: Any, context: Context) -> DynamicCache:

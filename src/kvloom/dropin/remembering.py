@@ -34,25 +34,16 @@ def language_model(model: Any, tokenizer: Any) -> LanguageModel:
     """`model` attached, with its present generation config.
 
     Args:
-        model: a causal language model of transformers (PEFT's wrapper around one too), or a `LanguageModel`.
+        model: a language model of transformers (PEFT's wrapper around one too), or a `LanguageModel`.
         tokenizer: for stop strings; by default that of the `LanguageModel`.
     """
-    _refuse_encoder(model)
     if isinstance(model, LanguageModel):
         lm, config = model, model.generation_config
     else:
         wrapped = _transformers_model(model)
         lm, config = _remembered(model, wrapped), wrapped.generation_config
-    return LanguageModel(lm.engine, lm.tokenizer if tokenizer is None else tokenizer, config, lm.retention)
-
-
-def _refuse_encoder(model: Any) -> None:
-    held = getattr(model.binding, "model", None) if isinstance(model, LanguageModel) else model
-    if getattr(getattr(held, "config", None), "is_encoder_decoder", False):
-        raise UnsupportedModel(
-            f"{type(held).__name__} is an encoder-decoder model, which kvloom.generate does not take. Attach it, and "
-            "call `generate` of the LanguageModel, which does."
-        )
+    tokenizer = lm.tokenizer if tokenizer is None else tokenizer
+    return LanguageModel(lm.engine, tokenizer, config, lm.retention, processor=lm.processor)
 
 
 def _transformers_model(model: Any) -> PreTrainedModel:

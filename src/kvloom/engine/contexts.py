@@ -13,12 +13,13 @@ from kvloom.cache.retention import Retention
 from kvloom.cache.snapshot import Origin, open_snapshot
 from kvloom.engine.foreign import Pair
 from kvloom.engine.guard import Guard
-from kvloom.engine.holding import Holding
+from kvloom.engine.holding import Holding, Restored
 from kvloom.engine.keeping import Keeping
 from kvloom.engine.queue import Requests
 from kvloom.engine.scoring import CachedScorer, Scored, score_uncached
 from kvloom.errors import InvalidRequest
 from kvloom.models import Binding, Media, Source
+from kvloom.models.beside import beside_of
 
 
 class Contexts:
@@ -144,21 +145,29 @@ class Contexts:
 
     # ---- from and to elsewhere -----------------------------------------------------------------------------
 
-    def save(self, token_ids: Sequence[int], holding: Holding | None, path: str | os.PathLike[str]) -> None:
+    def save(
+        self,
+        token_ids: Sequence[int],
+        holding: Holding | None,
+        path: str | os.PathLike[str],
+        *,
+        source: Source | None = None,
+        media: Media | None = None,
+    ) -> None:
         """Write a context into a file; tokens of which no keys and values are held any more are computed first."""
         with self._guard.working(new=True):
-            origin = self._origin()
+            origin, beside = self._origin(), beside_of(source, media)
             if holding is not None and holding.cached is not None:
-                self._kept.rows.save(holding, token_ids, path, origin)
+                self._kept.rows.save(holding, token_ids, path, origin, beside)
                 return
-            _, computed = self.compute(list(token_ids))
+            _, computed = self.compute(list(token_ids), source=source, media=media)
             try:
-                self._kept.rows.save(computed, token_ids, path, origin)
+                self._kept.rows.save(computed, token_ids, path, origin, beside)
             finally:
                 self._kept.holdings.release(computed)
 
-    def restore(self, path: str | os.PathLike[str]) -> tuple[list[int], Holding]:
-        """The tokens of a snapshot and a claimed holding of its tables.
+    def restore(self, path: str | os.PathLike[str]) -> Restored:
+        """What a snapshot holds, in blocks of its own.
 
         Raises:
             SnapshotError: the file is missing, damaged, or of another model. CacheFull: before anything is loaded.
@@ -169,7 +178,7 @@ class Contexts:
                 snapshot.check_origin(origin)
                 placements = snapshot.placements(self._kept.cache.layout)
                 self._refuse_unless_held(placements, f"a snapshot of {len(snapshot.token_ids):,} tokens")
-                return snapshot.token_ids, self._kept.rows.restore(snapshot, placements)
+                return self._kept.rows.restore(snapshot, placements)
 
     def adopt(self, token_ids: list[int], pairs: Sequence[Pair]) -> Holding:
         """A claimed holding of keys and values that were computed elsewhere; see `foreign.read_pairs`."""

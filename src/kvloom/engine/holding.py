@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from kvloom.cache import CachedSequence, KVCache
 from kvloom.models.binding import Regime
+from kvloom.models.media import Media
+from kvloom.models.source import Source
 
 
 @dataclass(eq=False)
@@ -22,6 +24,16 @@ class Holding:
     cached: CachedSequence | None
     regime: Regime
     claimed: bool
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A context that came from a file: as `Context` has it, and a claimed holding of its tables."""
+
+    token_ids: list[int]
+    holding: Holding
+    source: Source | None
+    media: Media | None
 
 
 class Holdings:

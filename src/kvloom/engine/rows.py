@@ -19,13 +19,14 @@ from kvloom.blocks import Mark, PoolExhausted
 from kvloom.cache import CachedSequence, Extension, KVCache, Store, adopt_source, place_source, remember_source
 from kvloom.cache.placement import Placement
 from kvloom.cache.retention import Retention
-from kvloom.cache.snapshot import Origin, SnapshotReader, as_regime, write_snapshot
+from kvloom.cache.snapshot import Beside, Origin, SnapshotReader, as_regime, write_snapshot
 from kvloom.engine.foreign import Pair
-from kvloom.engine.holding import Holding, Holdings
+from kvloom.engine.holding import Holding, Holdings, Restored
 from kvloom.engine.request import Row
 from kvloom.engine.retaining import begin, retain
 from kvloom.errors import CacheFull, InvalidRequest
 from kvloom.models import Binding, Media, Source
+from kvloom.models.beside import read_beside
 from kvloom.models.binding import Regime
 
 Taken = TypeVar("Taken")
@@ -143,25 +144,55 @@ class CachedRows:
         self.remember(row)
         return torch.cat(parts)
 
-    def save(self, holding: Holding, token_ids: Sequence[int], path: str | os.PathLike[str], origin: Origin) -> None:
-        """Write a holding's tables and what they hold into a file."""
+    def save(
+        self,
+        holding: Holding,
+        token_ids: Sequence[int],
+        path: str | os.PathLike[str],
+        origin: Origin,
+        beside: Beside,
+    ) -> None:
+        """Write a holding's tables and what they hold into a file, with what the sequence stands on besides."""
         assert holding.cached is not None, "only tables can be saved"
         if holding.cached.foreign:
             raise InvalidRequest("a context that began with an imported cache cannot be saved. Prefill its token_ids.")
-        regime = as_regime(holding.regime)
-        write_snapshot(path, self._cache, holding.cached, token_ids=token_ids, regime=regime, origin=origin)
+        write_snapshot(
+            path,
+            self._cache,
+            holding.cached,
+            token_ids=token_ids,
+            regime=as_regime(holding.regime),
+            origin=origin,
+            beside=beside,
+        )
 
-    def restore(self, snapshot: SnapshotReader, placements: Sequence[Placement]) -> Holding:
-        """A claimed holding of what a snapshot holds, in blocks of its own; the full ones can be found by prefix."""
+    def restore(self, snapshot: SnapshotReader, placements: Sequence[Placement]) -> Restored:
+        """What a snapshot holds, in blocks of its own; the full ones, and its source, can be found again."""
         cached = self._with_room(lambda: self._cache.place(placements, tokens=snapshot.tokens))
         row = Row(snapshot.token_ids, cached, snapshot.regime)
         try:
             snapshot.load(self._cache, cached)
+            row.source, row.media = self._read_beside(snapshot, placements)
+            if row.source is not None:
+                remember_source(self._cache, cached, self._binding.fingerprint() + row.source.key)
             self.remember(row)
         except BaseException:
             self.close(row)
             raise
-        return self.hold(row, claimed=True)
+        return Restored(row.token_ids, self.hold(row, claimed=True), row.source, row.media)
+
+    def _read_beside(
+        self, snapshot: SnapshotReader, placements: Sequence[Placement]
+    ) -> tuple[Source | None, Media | None]:
+        """The source and the images of a snapshot, whose digest is right."""
+        try:
+            source, media = read_beside(snapshot.beside, tokens=len(snapshot.token_ids))
+        except (ValueError, KeyError, TypeError) as error:
+            raise snapshot.corrupt(f"it holds {error}") from error
+        held = int(placements[-1].runs[:, 1].sum()) if self._binding.encoder is not None else 0
+        if held != (0 if source is None else source.tokens):
+            raise snapshot.corrupt("it holds another source than its keys and values are of")
+        return source, media
 
     def placements_needed(self, tokens: int) -> list[Placement]:
         """For each layer group, where the tokens lie that a sequence of `tokens` tokens must hold to go on."""

@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvloom.attention import Plan, torch_ops
 from kvloom.attention.native import NativeAttention, kernels_for
 from kvloom.attention.turn import Turn
-from kvloom.cache import AnyStore, CacheLayout, MixedKept, Store, in_own_dtype
+from kvloom.cache import AnyStore, CacheLayout, MixedKept, Store
 from kvloom.errors import ModelError, UnsupportedModel
 from kvloom.models.binding import Regime
 from kvloom.models.hosted import HostedModel
@@ -75,8 +75,7 @@ def _attention(
     keys: Tensor | MixedKept
     values: Tensor | MixedKept
     if plan.reach.cross:
-        store = in_own_dtype(kvloom.store)
-        keys, values = store.keys[layer], store.values[layer]
+        keys, values = kvloom.store.source(layer)
     else:
         keys, values = kvloom.store.write(layer, plan.writes, key[0], value[0])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -134,6 +133,8 @@ class AttentionInterfaceBinding(HostedModel):
     def turns(self) -> tuple[Turn | None, ...]:
         """How each layer's queries turn with their positions, proven when first asked for."""
         if self._turns is None:
+            if self.encoder is not None:
+                raise UnsupportedModel("it decodes from a source")
             if self._rotary.depend_on_length:
                 raise UnsupportedModel("its rotary factors depend on the length of a sequence")
             self._turns = prove_turns(self.model, self._forward_turning, self.dtype)
@@ -217,8 +218,13 @@ class AttentionInterfaceBinding(HostedModel):
 
     @property
     def shows_attention(self) -> bool:
-        """True but for encoder-decoder models, whose decoders also attend to a source."""
-        return self.encoder is None
+        """True: a policy lets go of a sequence's own tokens; what it attends to of a source is never dropped."""
+        return True
+
+    @property
+    def reads_codes(self) -> bool:
+        """True: attention is ours, to a source too."""
+        return True
 
     @property
     def bit_identical(self) -> bool:

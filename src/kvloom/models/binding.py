@@ -12,11 +12,10 @@ from kvloom.attention import Plan
 from kvloom.attention.turn import Turn
 from kvloom.cache import AnyStore, Codec, LayerShape
 from kvloom.errors import InvalidRequest
-from kvloom.models.encoder import Encoder
 from kvloom.models.identity import Identity
 from kvloom.models.media import Media
 from kvloom.models.operations import Operation
-from kvloom.models.source import Source
+from kvloom.models.source import Source, SourceReader
 from kvloom.models.vision import Vision
 
 # What the rotary factors of a sequence depend on besides positions; rows of unlike regimes run apart.
@@ -57,7 +56,7 @@ class Binding(Protocol):
         ...
 
     @property
-    def encoder(self) -> Encoder | None:
+    def encoder(self) -> SourceReader | None:
         """What reads sources, of an encoder-decoder model; None for a causal model."""
         ...
 
@@ -85,6 +84,11 @@ class Binding(Protocol):
     @property
     def shows_attention(self) -> bool:
         """Whether a retention policy can be honoured: whether attention is ours, over one sequence."""
+        ...
+
+    @property
+    def reads_codes(self) -> bool:
+        """Whether a codec can be honoured: whether attention is ours."""
         ...
 
     def turns(self) -> tuple[Turn | None, ...]:
@@ -164,9 +168,9 @@ class Binding(Protocol):
 
 def check_codec_of(binding: Binding, codec: Codec) -> None:
     """Refuse a codec that the model cannot be decoded under. Raises `InvalidRequest`."""
-    if codec == "native" or binding.shows_attention:
+    if codec == "native" or binding.reads_codes:
         return
-    why = "it decodes from a source" if binding.encoder is not None else "the model computes its attention itself"
     raise InvalidRequest(
-        f"`codec={codec}` cannot be honoured: {why}, and is handed keys and values as numbers. Use codec='native'."
+        f"`codec={codec}` cannot be honoured: the model computes its attention itself, and is handed keys and values "
+        "as numbers. Use codec='native'."
     )

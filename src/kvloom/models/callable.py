@@ -12,11 +12,10 @@ from kvloom.attention.turn import Turn
 from kvloom.cache import AnyStore, LayerShape
 from kvloom.errors import UnsupportedModel
 from kvloom.models.binding import Regime
-from kvloom.models.encoder import Encoder
 from kvloom.models.identity import Identity
 from kvloom.models.media import Media
 from kvloom.models.operations import Operation
-from kvloom.models.source import Source
+from kvloom.models.source import Source, SourceReader
 from kvloom.models.vision import Vision
 
 
@@ -33,7 +32,8 @@ class CallableBinding:
     name = "callable, uncached"
     layers: tuple[LayerShape, ...] = ()
     shows_attention = False
-    encoder: Encoder | None = None
+    reads_codes = False
+    encoder: SourceReader | None = None
     vision: Vision | None = None
 
     def __init__(
@@ -112,7 +112,7 @@ class CallableBinding:
         media: Media | None = None,
     ) -> Tensor:
         """The function is all there is."""
-        return self.forward_uncached(token_ids, last=last, regime=regime)
+        return self.forward_uncached(token_ids, last=last, regime=regime, source=source)
 
     @property
     def bit_identical(self) -> bool:

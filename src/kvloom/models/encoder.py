@@ -46,6 +46,7 @@ class Encoder:
     """What of a model of transformers reads sources.
 
     Attributes:
+        input_name: under which the model's forward takes a source.
         reads_features: whether sources are features (a spectrogram) instead of token ids.
         vocab_size: valid ids of a source lie below it; None for features.
         max_tokens: the longest source that the model's positions allow; None if it states none.
@@ -57,20 +58,20 @@ class Encoder:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._module: Any = model.get_encoder()
-        self._input_name: str = model.main_input_name
+        self.input_name: str = model.main_input_name
         self.vocab_size: int | None = None
         self.max_tokens: int | None = None
         config = model.config
-        if self._input_name == "input_ids":
+        if self.input_name == "input_ids":
             self.vocab_size = int(self._module.get_input_embeddings().weight.shape[0])
             self.max_tokens = getattr(config, "max_position_embeddings", None)
-        elif self._input_name == "input_features" and hasattr(self._module, "conv2"):
+        elif self.input_name == "input_features" and hasattr(self._module, "conv2"):
             self.max_tokens = int(config.max_source_positions)
             frames = self.max_tokens * self._module.conv1.stride[0] * self._module.conv2.stride[0]
             self._feature_shape = [int(config.num_mel_bins), frames]
         else:
             raise UnsupportedModel(
-                f"{type(model).__name__} reads `{self._input_name}`. Sources are token ids, or the `input_features` of "
+                f"{type(model).__name__} reads `{self.input_name}`. Sources are token ids, or the `input_features` of "
                 "Whisper."
             )
 
@@ -83,6 +84,18 @@ class Encoder:
     def reads_features(self) -> bool:
         """Whether sources are features instead of token ids."""
         return self.vocab_size is None
+
+    @property
+    def fixed_length(self) -> bool:
+        """Whether every source has one length, as features have."""
+        return self.reads_features
+
+    @property
+    def description(self) -> str:
+        """What a source is."""
+        if not self.reads_features:
+            return "text or token ids"
+        return f"`{self.input_name}`, as its feature extractor gives them"
 
     def of_ids(self, token_ids: Sequence[int]) -> Source:
         """A source of token ids, which are valid."""
@@ -103,8 +116,8 @@ class Encoder:
             )
         if own.shape[1] > frames:
             raise InvalidRequest(
-                f"the features have {own.shape[1]:,} frames; the encoder reads {frames:,} (short-form generation). "
-                "Long-form generation is not offered: cut the recording into pieces."
+                f"the features have {own.shape[1]:,} frames; the encoder reads {frames:,}. Longer recordings are for "
+                "`kvloom.generate(model, input_features=...)`, which cuts them as Whisper's own `generate` does."
             )
         if own.shape[1] < frames:
             raise InvalidRequest(
@@ -129,7 +142,7 @@ class Encoder:
         own = source.inputs.to(self._device)
         if own.is_floating_point():
             own = own.to(self._model.dtype)
-        return {self._input_name: own.expand(rows, *own.shape[1:])}
+        return {self.input_name: own.expand(rows, *own.shape[1:])}
 
     @torch.no_grad()
     def run(self, source: Source) -> Encoded:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from kvloom.attention import Plan
 from kvloom.attention.turn import Turn
-from kvloom.cache import AnyStore, LayerShape, in_own_dtype
+from kvloom.cache import AnyStore, LayerShape
 from kvloom.errors import UnsupportedModel
 from kvloom.models.binding import Regime
 from kvloom.models.encoder import Encoder
@@ -163,6 +163,11 @@ class HostedModel(ABC):
         """Whether tokens can be let go of, and attention be observed: only where both are ours, and of one sequence."""
         return False
 
+    @property
+    def reads_codes(self) -> bool:
+        """Whether keys and values may be kept as codes: only where attention is ours."""
+        return False
+
     def turns(self) -> tuple[Turn | None, ...]:
         """How each layer's queries turn with their positions; refused where the model attends by itself."""
         raise UnsupportedModel("it computes its attention itself")
@@ -223,7 +228,7 @@ class HostedModel(ABC):
         cross = [index for index, layer in enumerate(self.layers) if layer.reach.cross]
         with self._lock, self._packed():
             for layer, keys, values in self.encoder.project(source):
-                in_own_dtype(store).write(cross[layer], slots, keys, values)
+                store.write_source(cross[layer], slots, keys, values)
 
     def _packed(self) -> AbstractContextManager[None]:
         """Within the context the linear layers use their packed copies, if there are any."""

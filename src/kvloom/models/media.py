@@ -87,6 +87,15 @@ class Media:
         """The medium that a cut behind `tokens` tokens would break; None if there is none."""
         return next((item for item in self.items if item.places[0] < tokens <= item.places[-1]), None)
 
+    def shared_with(self, other: Media | None, tokens: int) -> int:
+        """How many of the first `tokens` tokens, which are the same, show the same here and there, and can be cut."""
+        theirs = {int(item.places[0]): item.digest for item in (() if other is None else other.items)}
+        for item in self.items:
+            first = int(item.places[0])
+            if first < tokens and (item.places[-1] >= tokens or theirs.get(first) != item.digest):
+                return first
+        return tokens
+
     def cut(self, tokens: int) -> Media | None:
         """What the first `tokens` tokens hold, see `split_by`; None if it is text alone."""
         if tokens >= self.tokens:

@@ -9,6 +9,7 @@ sequence.
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -113,24 +114,48 @@ class Vision:
         positions = self._positions(ids, items)
         return Media(tuple(items), len(ids), positions[:, :-1], int(positions[0, -1]))
 
+    def read_rows(self, rows: Sequence[Sequence[int]], inputs: Inputs) -> list[Media | None]:
+        """The same for each prompt of a batch, whose media stand one after the other in `inputs`."""
+        shares: list[dict[str, Tensor]] = [{} for _ in rows]
+        for modality in MODALITIES:
+            if inputs.get(modality.values) is None:
+                continue
+            self._check_takes(modality.kind)
+            parts = self._parts(modality, inputs)
+            places = [list(row).count(self._token_ids[modality.kind]) for row in rows]
+            total = sum(places)
+            counts = self._feature_counts(modality, parts, total)
+            waiting = deque(zip(parts, counts, strict=True))
+            for index, share in enumerate(shares):
+                own = []
+                while waiting and places[index] > 0:
+                    part, count = waiting.popleft()
+                    own.append(part)
+                    places[index] -= count
+                share.update({name: torch.cat([part[name] for part in own]) for name in (own[0] if own else ())})
+            if waiting or any(places):
+                raise _misfit(modality.kind, total, len(parts), sum(counts))
+        rest = {name: own for name, own in inputs.items() if name not in MEDIA_INPUTS}
+        return [self.read(row, rest | share) for row, share in zip(rows, shares, strict=True)]
+
+    def _check_takes(self, kind: Kind) -> None:
+        if kind in self.refusals:
+            raise InvalidRequest(self.refusals[kind])
+        if kind not in self._token_ids:
+            raise InvalidRequest(f"{type(self._model).__name__} takes no {kind}s. Leave them out.")
+
     def _items(self, modality: _Modality, ids: np.ndarray, inputs: Inputs) -> list[Medium]:
         """The media of one kind, each with its share of the placeholders."""
         given = inputs.get(modality.values)
         if given is None:
             return []
         kind = modality.kind
-        if kind in self.refusals:
-            raise InvalidRequest(self.refusals[kind])
-        if kind not in self._token_ids:
-            raise InvalidRequest(f"{type(self._model).__name__} takes no {kind}s. Leave them out.")
+        self._check_takes(kind)
         parts = self._parts(modality, inputs)
         places = np.flatnonzero(ids == self._token_ids[kind])
         counts = self._feature_counts(modality, parts, len(places))
         if sum(counts) != len(places):
-            raise InvalidRequest(
-                f"the prompt has {len(places)} {kind} placeholders, but its {len(parts)} {kind}s make {sum(counts)} "
-                f"features. Pass each {kind} once, and the prompt as the processor writes it."
-            )
+            raise _misfit(kind, len(places), len(parts), sum(counts))
         shares = np.split(places, np.cumsum(counts)[:-1])
         return [Medium(kind, part, share) for part, share in zip(parts, shares, strict=True)]
 
@@ -168,7 +193,7 @@ class Vision:
         assert self._rope_index is not None, "the model counts tokens"
         with_next = torch.from_numpy(np.append(ids, 0))[None]
         known = inspect.signature(self._rope_index).parameters
-        named = {name: tensor for name, tensor in _together(items).items() if name in known}
+        named = {name: tensor for name, tensor in together(items).items() if name in known}
         named["mm_token_type_ids"] = self._types(items, 1, len(ids) + 1)
         positions, _ = self._rope_index(input_ids=with_next, **named)
         if tuple(positions.shape) != (3, 1, len(ids) + 1):
@@ -223,7 +248,7 @@ class Vision:
     def own_inputs(self, media: Media, token_ids: Tensor) -> dict[str, Tensor]:
         """What the model's own forward takes for `token_ids`, int64[batch, tokens], of sequences of one prompt."""
         batch, tokens = token_ids.shape
-        inputs = {name: torch.cat([tensor] * batch).to(self.device) for name, tensor in _together(media.items).items()}
+        inputs = {name: torch.cat([tensor] * batch).to(self.device) for name, tensor in together(media.items).items()}
         types = self._types(media.items, batch, tokens).to(self.device)
         return {"input_ids": token_ids} | inputs | dict.fromkeys(self._types_names, types)
 
@@ -233,13 +258,20 @@ class Vision:
         return next(torch.device(own.device) for own in self._model.parameters() if own.device.type != "meta")
 
 
+def _misfit(kind: Kind, places: int, items: int, features: int) -> InvalidRequest:
+    return InvalidRequest(
+        f"the prompt has {places} {kind} placeholders, but its {items} {kind}s make {features} features. Pass each "
+        f"{kind} once, and the prompt as the processor writes it."
+    )
+
+
 def takes_images(model: PreTrainedModel) -> bool:
     """Whether a model has a vision encoder and a placeholder for images."""
     takes = hasattr(model.base_model, "get_image_features") and not model.config.is_encoder_decoder
     return takes and getattr(model.config, "image_token_id", None) is not None
 
 
-def _together(items: Sequence[Medium]) -> dict[str, Tensor]:
+def together(items: Sequence[Medium]) -> dict[str, Tensor]:
     """The inputs of all media, as a processor hands them over."""
     names = dict.fromkeys(name for item in items for name in item.inputs)
     return {name: torch.cat([item.inputs[name] for item in items if name in item.inputs]) for name in names}

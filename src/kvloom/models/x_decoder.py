@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from kvloom.attention import build_plan
-from kvloom.cache import CachedSequence, CacheLayout, KVCache, LayerShape, Reach, Store, in_own_dtype, place_source
+from kvloom.cache import CachedSequence, CacheLayout, KVCache, LayerShape, Store, in_own_dtype, place_source
 from kvloom.errors import AttachMismatch, KVLoomError, UnsupportedModel
 from kvloom.models.cached_callable import digest_of_writes
 from kvloom.models.dense import DenseBatch, dense_batches
 from kvloom.models.selfcheck import TOLERANCE
-from kvloom.models.x_transformers import layer_cache, refuse_decoder
+from kvloom.models.x_transformers import attention_layers, gathered, layer_cache, refuse_decoder, rows_of, source_dim
 
 TRIAL_TOKENS, TRIAL_SOURCE_TOKENS = 3, 5
 CHECK_ROWS, CHECK_SOURCE_TOKENS = 2, 6
@@ -46,7 +46,7 @@ class DecoderBinding:
         self.device, self.dtype = weight.device, weight.dtype
         self.dim = int(decoder.dim)
         self.check_ready()
-        self.source_dim = _source_dim(decoder) if decoder.cross_attend else None
+        self.source_dim = source_dim(decoder) if decoder.cross_attend else None
         try:
             self._order, self.layers = self._trial()
             self._prove()
@@ -116,7 +116,9 @@ class DecoderBinding:
     def _run(
         self, embeddings: Tensor, batch: DenseBatch, store: Store, source: Tensor | None, source_slots: Tensor | None
     ) -> Tensor:
-        past = None if batch.past == 0 else layer_cache(self._gathered(batch, store), batch.past)
+        past = None
+        if batch.past:
+            past = layer_cache(gathered(batch, store, self._order, self.layers), batch.past)
         if past is not None and self.source_dim is not None:
             # The decoder wants a context, and projects none of it behind a cache.
             source = embeddings.new_empty((len(embeddings), 0, self.source_dim))
@@ -125,31 +127,18 @@ class DecoderBinding:
         )
         for layer, own in zip(self._order, intermediates.attn_intermediates, strict=True):
             if not self.layers[layer].reach.cross:
-                keys, values = (_rows(states[:, :, batch.past :]) for states in own.cached_kv)
+                keys, values = (rows_of(states[:, :, batch.past :]) for states in own.cached_kv)
                 store.write(layer, batch.write_slots, keys, values)
             elif source_slots is not None:
-                store.write(layer, source_slots, *(_rows(states) for states in own.cached_kv))
+                store.write(layer, source_slots, *(rows_of(states) for states in own.cached_kv))
         return cast(Tensor, outputs)
-
-    def _gathered(self, batch: DenseBatch, store: Store) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of what came before, in the order of the forward pass."""
-        slots = batch.read_slots
-        before = slice(slots.start, slots.start + batch.past) if isinstance(slots, slice) else slots[:, : batch.past]
-        reads: dict[bool, slice | Tensor] = {False: before}
-        if batch.source is not None:
-            reads[True] = batch.source.slots
-        return [store.gather(layer, reads[self.layers[layer].reach.cross]) for layer in self._order]
 
     @torch.no_grad()
     def _trial(self) -> tuple[list[int], tuple[LayerShape, ...]]:
         """For each attention in the order of the forward pass its layer in the store, and the store's layers."""
         embeddings, source = self._random(1, TRIAL_TOKENS, TRIAL_SOURCE_TOKENS)
         _, intermediates = self._decoder(embeddings, context=source, return_hiddens=True)
-        shapes = [_shape(own) for own in intermediates.attn_intermediates]
-        if all(shape.reach.cross for shape in shapes):
-            raise UnsupportedModel(f"this {type(self._decoder).__name__} has no self-attention, so it has no past.")
-        first = sorted(range(len(shapes)), key=lambda attention: shapes[attention].reach.cross)
-        return [first.index(attention) for attention in range(len(shapes))], tuple(shapes[own] for own in first)
+        return attention_layers(self._decoder, intermediates)
 
     def _prove(self) -> None:
         """Chunks and single tokens of two sequences, and a fork with another ending, against the whole pass."""
@@ -181,21 +170,3 @@ class DecoderBinding:
             return embeddings, None
         source = torch.randn((rows, source_tokens, self.source_dim), generator=generator)
         return embeddings, source.to(self.device, self.dtype)
-
-
-def _source_dim(decoder: Any) -> int:
-    """Width of what the first cross-attention projects."""
-    kinds = zip(decoder.layers, decoder.layer_types, strict=True)
-    crossing = next(block for (_, block, _), kind in kinds if kind == "c")
-    return int(next(own for own in crossing.modules() if hasattr(own, "to_k")).to_k.in_features)
-
-
-def _shape(attention: Any) -> LayerShape:
-    keys, values = attention.cached_kv
-    reach = Reach(cross=attention.layer_type == "c")
-    return LayerShape(kv_heads=keys.shape[1], key_dim=keys.shape[3], value_dim=values.shape[3], reach=reach)
-
-
-def _rows(states: Tensor) -> Tensor:
-    """[batch, kv_heads, tokens, dim] as [kv_heads, batch * tokens, dim]."""
-    return states.transpose(0, 1).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""Models of the package x-transformers, attached through its own cache.
+"""What the bindings of models of the package x-transformers share.
 
 Its attention caches keys before their rotary turn, and turns all of them anew in each pass, by positions that it counts
 from the cache's length. So what it caches belongs to a token alone, and can be paged like anything else: keys and
@@ -9,19 +9,16 @@ The package is recognised by its name, and imported only once a model of it is t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from kvloom.errors import KVLoomError, UnsupportedModel
-from kvloom.models.cached_callable import CachedCallableBinding
-from kvloom.models.probe import AttentionCall
-from kvloom.models.selfcheck import prove
+from kvloom.cache import LayerShape, Reach, Store
+from kvloom.errors import UnsupportedModel
+from kvloom.models.dense import DenseBatch
 
 PACKAGE = "x_transformers"
-Pairs = tuple[tuple[Tensor, Tensor], ...]
 
 
 def x_transformers_class(model: object) -> str | None:
@@ -35,56 +32,56 @@ def is_of(model: object, name: str) -> bool:
     return any(base.__name__ == name and base.__module__.split(".")[0] == PACKAGE for base in type(model).__mro__)
 
 
-def bind_wrapper(wrapper: Any) -> XTransformersBinding:
-    """Attach a `TransformerWrapper`, proven by the same check as every model.
-
-    Raises:
-        UnsupportedModel: it cannot be decoded on a cache; says why.
-    """
-    if not is_of(wrapper, "TransformerWrapper"):
-        raise UnsupportedModel(
-            f"of x-transformers a TransformerWrapper or a Decoder can be attached; this is a {type(wrapper).__name__}. "
-            "Attach what it wraps, such as the `net` of an AutoregressiveWrapper."
-        )
-    refuse_decoder(wrapper.attn_layers)
-    _refuse_wrapper(wrapper)
-    try:
-        binding = XTransformersBinding(wrapper)
-        binding.check_ready()
-        prove(binding)
-    except KVLoomError:
-        raise
-    except Exception as error:
-        raise UnsupportedModel(f"this {type(wrapper).__name__} cannot be run on its own cache: {error}") from error
-    return binding
-
-
-class XTransformersBinding(CachedCallableBinding):
-    """A `TransformerWrapper` around a `Decoder`: token ids to logits.
-
-    Args:
-        wrapper: in evaluation mode. Its weights and mode are left as they are.
-    """
-
-    name = "x-transformers cache"
-
-    def __init__(self, wrapper: Any) -> None:
-        device = next(wrapper.parameters()).device
-        super().__init__(_speaking(wrapper), max_tokens=wrapper.max_seq_len or None, device=device)
-        attentions = [(name, own) for name, own in wrapper.named_modules() if is_of(own, "Attention")]
-        # A module that runs more than once in a pass has more than one input, so only the logits are compared.
-        if len(attentions) == len(self.layers):
-            self.calls = tuple(
-                AttentionCall(own, name, shape) for (name, own), shape in zip(attentions, self.layers, strict=True)
-            )
-
-
 def layer_cache(pairs: Sequence[tuple[Tensor, Tensor]], tokens: int) -> Any:
     """The package's cache of `tokens` tokens: (keys, values) of each attention in the order of the forward pass."""
     from x_transformers.attend import Intermediates
     from x_transformers.x_transformers import LayerIntermediates
 
     return LayerIntermediates(attn_intermediates=[Intermediates(cached_kv=pair) for pair in pairs], cache_length=tokens)
+
+
+def attention_layers(module: Any, intermediates: Any) -> tuple[list[int], tuple[LayerShape, ...]]:
+    """For each attention in the order of a forward pass its layer in the store, and the store's layers.
+
+    Args:
+        intermediates: of a pass over a few tokens.
+    """
+    shapes = [_shape(own) for own in intermediates.attn_intermediates]
+    if all(shape.reach.cross for shape in shapes):
+        raise UnsupportedModel(f"this {type(module).__name__} has no self-attention, so it has no past.")
+    first = sorted(range(len(shapes)), key=lambda attention: shapes[attention].reach.cross)
+    return [first.index(attention) for attention in range(len(shapes))], tuple(shapes[own] for own in first)
+
+
+def source_dim(decoder: Any) -> int:
+    """Width of what the first cross-attention of a decoder projects."""
+    kinds = zip(decoder.layers, decoder.layer_types, strict=True)
+    crossing = next(block for (_, block, _), kind in kinds if kind == "c")
+    return int(next(own for own in crossing.modules() if hasattr(own, "to_k")).to_k.in_features)
+
+
+def gathered(
+    batch: DenseBatch, store: Store, order: Sequence[int], shapes: Sequence[LayerShape]
+) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of what came before, and of the sources, in the order of a forward pass.
+
+    Each is [batch, kv_heads, tokens, dim]; of a single row, or of a source that all rows read, a view.
+
+    Args:
+        order: of each attention its layer in the store.
+    """
+    slots = batch.read_slots
+    before = slice(slots.start, slots.start + batch.past) if isinstance(slots, slice) else slots[:, : batch.past]
+    reads: dict[bool, slice | Tensor] = {False: before}
+    if batch.source is not None:
+        reads[True] = batch.source.slots
+    pairs = (store.gather(layer, reads[shapes[layer].reach.cross]) for layer in order)
+    return [(keys.expand(batch.batch, -1, -1, -1), values.expand(batch.batch, -1, -1, -1)) for keys, values in pairs]
+
+
+def rows_of(states: Tensor) -> Tensor:
+    """[batch, kv_heads, tokens, dim] as [kv_heads, batch * tokens, dim]."""
+    return states.transpose(0, 1).flatten(1, 2)
 
 
 def refuse_decoder(decoder: Any) -> None:
@@ -103,26 +100,11 @@ def refuse_decoder(decoder: Any) -> None:
         ),
         "it wants a `condition` in each pass": decoder.need_condition,
     }
-    _refuse(decoder, reasons)
+    refuse(decoder, reasons)
 
 
-def _refuse_wrapper(wrapper: Any) -> None:
-    reasons = {
-        "it attends to a context, which token ids alone do not give. Attach its decoder, `wrapper.attn_layers`, which "
-        "takes `encoder_outputs`": wrapper.attn_layers.cross_attend,
-        "it carries recurrent memories from segment to segment (max_mem_len)": wrapper.max_mem_len > 0,
-        "it puts memory tokens before each input (num_memory_tokens)": wrapper.num_memory_tokens > 0,
-        "it runs its layers over their own output (recycling or looped)": wrapper.recycling or wrapper.looped,
-        "it wants more than token ids (embed_num_tokens)": wrapper.embeds is not None,
-        "it gives no logits for each token (return_only_embed, average_pool_embed or use_cls_token)": (
-            wrapper.to_logits is None or wrapper.average_pool_embed or wrapper.cls_token is not None
-        ),
-        "it gives several logits a token (num_output_heads)": wrapper.has_multiple_heads,
-    }
-    _refuse(wrapper, reasons)
-
-
-def _refuse(model: Any, reasons: dict[str, bool]) -> None:
+def refuse(model: Any, reasons: dict[str, bool]) -> None:
+    """Refuse a model for the first of the reasons that holds."""
     for reason, holds in reasons.items():
         if holds:
             raise UnsupportedModel(f"this {type(model).__name__} cannot be decoded on a cache: {reason}.")
@@ -134,31 +116,7 @@ def _any_has(modules: Sequence[nn.Module], attribute: str) -> bool:
     return any(value is not None and value is not False for value in own)
 
 
-@dataclass(frozen=True)
-class _Output:
-    logits: Tensor
-    past_key_values: Pairs | None
-
-
-def _speaking(wrapper: Any) -> Callable[..., _Output]:
-    """A wrapper that speaks the cache protocol, its past as pairs of keys and values."""
-
-    def run(token_ids: Tensor, *, past_key_values: Pairs | None = None, use_cache: bool = False) -> _Output:
-        if not use_cache:
-            return _Output(wrapper(token_ids), None)
-        cache = None
-        if past_key_values is not None:
-            cache = layer_cache(past_key_values, past_key_values[0][0].shape[2])
-        logits, intermediates = wrapper(
-            token_ids,
-            cache=cache,
-            input_not_include_cache=True,
-            cache_age=token_ids.shape[1],  # of how many last tokens it runs: by default, of one
-            return_intermediates=True,
-        )
-        return _Output(logits, tuple(own.cached_kv for own in intermediates.attn_intermediates))
-
-    return run
-
-
-__all__ = ["XTransformersBinding", "bind_wrapper", "is_of", "layer_cache", "refuse_decoder", "x_transformers_class"]
+def _shape(attention: Any) -> LayerShape:
+    keys, values = attention.cached_kv
+    reach = Reach(cross=attention.layer_type == "c")
+    return LayerShape(kv_heads=keys.shape[1], key_dim=keys.shape[3], value_dim=values.shape[3], reach=reach)

@@ -13,7 +13,7 @@ from kvloom.calls import check_length
 from kvloom.engine.retaining import check_policy
 from kvloom.errors import InvalidRequest, UnknownOption
 from kvloom.models import Source
-from kvloom.models.encoder import Encoder
+from kvloom.models.source import SourceReader
 
 DEFAULT_PROMPT_TOKENS = 4_096
 DEFAULT_SOURCE_TOKENS = 512
@@ -83,7 +83,7 @@ class Batch:
         """Sequences that each prompt fans out to."""
         return max(self.num_beams, self.num_return_sequences)
 
-    def lengths(self, limit: int | None, encoder: Encoder | None) -> tuple[int, int]:
+    def lengths(self, limit: int | None, encoder: SourceReader | None) -> tuple[int, int]:
         """Prompt and new tokens, within the model's context of `limit` tokens."""
         # The prompt of an encoder-decoder model is its start token, unless it is said to be more.
         prompt = 1 if encoder is not None and self.prompt_tokens is None else self.prompt_tokens
@@ -99,7 +99,7 @@ class Batch:
             raise InvalidRequest("`prompt_tokens` and `max_new_tokens` are both 0, so there is nothing to plan.")
         return prompt, new
 
-    def source(self, encoder: Encoder | None) -> Source | None:
+    def source(self, encoder: SourceReader | None) -> Source | None:
         """A source as long as was asked for; features are as long as they must be."""
         if encoder is None:
             if self.source_tokens is not None:
@@ -109,6 +109,6 @@ class Batch:
         tokens = self.source_tokens
         if tokens is None:
             tokens = DEFAULT_SOURCE_TOKENS if longest is None else min(DEFAULT_SOURCE_TOKENS, longest)
-        if encoder.reads_features and self.source_tokens not in (None, longest):
+        if encoder.fixed_length and self.source_tokens not in (None, longest):
             raise InvalidRequest(f"this model's sources are always {longest:,} positions long.")
         return encoder.random_source(torch.Generator().manual_seed(0), tokens=tokens)

@@ -16,6 +16,7 @@ from kvloom.sources import read_sources
 from kvloom.verify.compare import Comparison, Decoded, compare_beams, compare_sequences, equal_prefix, worst
 from kvloom.verify.lossy import chosen_from, compare_hypotheses, cost_of_all
 from kvloom.verify.report import Check, Cost, Report
+from kvloom.verify.rounding import movement_of
 from kvloom.verify.runs import NUM_BEAMS, Decodes, Progress, Runs
 from kvloom.verify.samples import Shape, choose_prompts, choose_sources
 
@@ -51,9 +52,12 @@ def verify(
     checks: tuple[Check, ...] = ()
     told: str | None = None
     cost: Cost | None = None
+    movement: float | None = None
     if engine.cache is not None:
         compared = _Checks(Runs(make, engine, read, shape, seed, on_progress))
         checks, cost = compared.all(), compared.cost
+        if any(check.verdict == "failed" for check in checks):
+            movement = compared.movement()
         told = None if retention is None else compared.retained(retention)
     return Report(
         binding=binding.name,
@@ -69,6 +73,7 @@ def verify(
         cost=cost,
         checks=checks,
         retention=told,
+        movement=movement,
         note="" if checks else "a callable has no cache, and is always run uncached.",
         seconds=time.perf_counter() - began,
     )
@@ -215,6 +220,11 @@ class _Checks:
         runs.tell("greedy, in a batch")
         others = runs.decode_batch(runs.cached(*runs.prompts))
         return self._compare("greedy", ("alone", "in a batch"), self._cold, others, f"batch of {len(others)}")
+
+    def movement(self) -> float | None:
+        """How far the model's own logits move for a change in the last bit; see `rounding`."""
+        pairs = zip(self._runs.prompts, self._cold, strict=True)
+        return movement_of(self._runs.binding, [(prompt, own.token_ids) for prompt, own in pairs])
 
     def retained(self, policy: Retention) -> str:
         """What a policy does to the greedy output, in a sentence. It is no check: its output is meant to be another."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvloom.engine import Engine
 from kvloom.models import Binding
+from kvloom.prompts import Prompt
 from kvloom.verify.compare import Comparison, Decoded, compare_sequences
 from kvloom.verify.report import Cost
 
@@ -26,11 +27,16 @@ from kvloom.verify.report import Cost
 SHARE_OF_COST = {torch.float32: 0.25}
 
 
-def recompute(engine: Engine, prompt: list[int], decoded: Decoded) -> Tensor:
+def recompute(engine: Engine, prompt: Prompt, decoded: Decoded) -> Tensor:
     """float32[new tokens, vocab]: the logits behind each new token of a run, from one pass over all of them."""
     if not decoded.token_ids:
         return decoded.logits  # of a run that gave no numbers
-    logits, holding = engine.contexts.compute([*prompt, *decoded.token_ids[:-1]], logits_of=len(decoded.token_ids))
+    logits, holding = engine.contexts.compute(
+        [*prompt.token_ids, *decoded.token_ids[:-1]],
+        logits_of=len(decoded.token_ids),
+        source=prompt.source,
+        media=prompt.media,
+    )
     engine.contexts.release(holding)
     return logits.float().cpu()
 
@@ -49,10 +55,11 @@ def compare_hypotheses(recomputed: Sequence[Tensor], found: Sequence[Decoded], *
     ]
 
 
-def cost_of(binding: Binding, codec: str, prompt: list[int], decoded: Decoded, recomputed: Tensor) -> Cost:
+def cost_of(binding: Binding, codec: str, prompt: Prompt, decoded: Decoded, recomputed: Tensor) -> Cost:
     """How far the logits of one run are from those of the model's own forward over the same tokens."""
-    token_ids = torch.tensor([[*prompt, *decoded.token_ids[:-1]]], device=binding.device)
-    own = binding.forward_uncached(token_ids, last=len(recomputed))[0].float().cpu()
+    token_ids = torch.tensor([[*prompt.token_ids, *decoded.token_ids[:-1]]], device=binding.device)
+    logits = binding.forward_uncached(token_ids, last=len(recomputed), source=prompt.source, media=prompt.media)
+    own = logits[0].float().cpu()
     expected, found = own.double().log_softmax(-1), recomputed.double().log_softmax(-1)
     divergences = (expected.exp() * (expected - found)).sum(-1)
     return Cost(

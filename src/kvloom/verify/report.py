@@ -167,6 +167,8 @@ class Report:
         cost: of a lossy codec, which is measured and no failure; else None.
         checks: in the order in which they ran; empty if there is no cache to verify, and then `note` says why.
         retention: what the model's retention policy does to such output, in a sentence; None without one.
+        movement: where a check failed, how far the model's own logits move when its embeddings change in their last
+            bit; None where none failed, or where that cannot be tried.
         seconds: what it took.
     """
 
@@ -184,6 +186,7 @@ class Report:
     note: str
     seconds: float
     retention: str | None = None
+    movement: float | None = None
     source_tokens: tuple[int, ...] = ()
 
     @property
@@ -222,7 +225,17 @@ class Report:
 
     def advice(self) -> str | None:
         """What to do about a failure; None if there is nothing to say."""
-        if self.ok or self.dtype in ("float32", "float64"):
+        if self.ok:
+            return None
+        failed = [check for check in self.checks if check.verdict == "failed"]
+        finer = "float64" if self.dtype in ("float32", "float64") else "float32"
+        if self.movement is not None and self.movement > min(check.tolerance for check in failed):
+            return (
+                f"This model multiplies rounding: a change of its embeddings in their last bit moves its own logits by "
+                f"{self.movement:.2g}, without any cache. So differences of that size tell nothing in {self.dtype}. "
+                f"Verify in {finer}: rounding goes, a mistake stays."
+            )
+        if finer == "float64":
             return None
         return (
             f"{self.dtype} keeps few digits, and a mixture of experts may route a token elsewhere for the last of "

@@ -69,6 +69,7 @@ class Runs:
         # A lossy cache is read by other kernels than the uncached run.
         self.bit_identical = engine.binding.bit_identical and not engine.cache.layout.seals
         self.relative_tolerance = RELATIVE_TOLERANCE.get(engine.binding.dtype, RELATIVE_TOLERANCE[torch.bfloat16])
+        self.binding = engine.binding
         self._make = make
         self._engine = engine
         self._layout = engine.cache.layout
@@ -123,11 +124,11 @@ class Runs:
     def recomputed(self, prompt: Prompt, decoded: Decoded) -> Tensor:
         """The logits of a run's new tokens, all computed in one chunk on a cold cache of the same codec."""
         engine = self._cold(prompt, rows=1, step_tokens=len(prompt.token_ids) + len(decoded.token_ids))
-        return recompute(engine, prompt.token_ids, decoded)
+        return recompute(engine, prompt, decoded)
 
     def cost(self, prompt: Prompt, decoded: Decoded, recomputed: Tensor) -> Cost:
         """What the codec makes of a run."""
-        return cost_of(self._engine.binding, self._layout.codec, prompt.token_ids, decoded, recomputed)
+        return cost_of(self.binding, self._layout.codec, prompt, decoded, recomputed)
 
     def _cold(self, *prompts: Prompt, rows: int, step_tokens: int) -> Engine:
         worst = [self._worst_case(prompt, rows, step_tokens) for prompt in prompts]

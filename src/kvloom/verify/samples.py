@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kvloom.models import Source
-from kvloom.models.encoder import Encoder
+from kvloom.models.source import SourceReader
 from kvloom.text import encode_start
 
 TEXTS = (
@@ -68,12 +68,12 @@ def choose_prompts(tokenizer: Any, *, vocab_size: int, shape: Shape, seed: int) 
     return prompts
 
 
-def choose_sources(tokenizer: Any, encoder: Encoder, *, shape: Shape, seed: int) -> list[Source]:
+def choose_sources(tokenizer: Any, encoder: SourceReader, *, shape: Shape, seed: int) -> list[Source]:
     """English with a tokenizer, else random content; of the lengths of prompts, as far as the encoder allows."""
     longest = encoder.max_tokens
     if encoder.vocab_size is None:
         generator = torch.Generator().manual_seed(seed)
-        return [encoder.random_source(generator, tokens=0) for _ in range(2)]
+        return [encoder.random_source(generator, tokens=tokens) for tokens in shape.prompt_lengths()[:2]]
     own = replace(shape, longest_prompt=longest)
     token_ids = choose_prompts(tokenizer, vocab_size=encoder.vocab_size, shape=own, seed=seed)
     return [encoder.of_ids(ids) for ids in token_ids]
