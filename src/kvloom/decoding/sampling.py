@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kvloom.decoding.base import HostStep, Hypothesis, Step
 from kvloom.decoding.history import History
+from kvloom.decoding.logits import split_off_limits
 from kvloom.decoding.logprobs import Logprobs
 from kvloom.decoding.randomness import Uniforms, sample_seed
 from kvloom.decoding.shared import Shared, filled
 from kvloom.decoding.trace import Record, Trace
+from kvloom.native.draw import Limits, draw
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class GreedyOrSampling:
     The first decision fans out from row 0. Rows finish independently: `rows` counts those that go on, in the
     order of the samples. Processors see the rows that go on, prompt and new tokens of each.
 
-    Sampling inverts the cumulative distribution in float64 with one uniform number a row and step, drawn from
-    the sample's own generator. So a sample does not depend on its batch mates, and differs between devices
+    Sampling inverts the cumulative distribution with one uniform number a row and step, drawn from the sample's own
+    generator (`native.draw`). So a sample does not depend on its batch mates, and differs between devices
     only as far as their logits do.
     """
 
@@ -41,6 +43,11 @@ class GreedyOrSampling:
         """A decoder of `samples` sequences; greedy if `shared.seed` is None."""
         self.seed = shared.seed
         self._prompt_ids = list(prompt_ids)
+        self._limits = Limits()
+        if shared.seed is not None and not shared.observer.output_scores:
+            # Scores that nobody asks for need not be written down to be drawn from.
+            processors, self._limits = split_off_limits(shared.processors)
+            shared = replace(shared, processors=processors)
         self._shared = shared
         self._trace = Trace(shared.observer)
         prompt = torch.tensor([prompt_ids], dtype=torch.int64, device=shared.device)
@@ -76,7 +83,7 @@ class GreedyOrSampling:
         assert logits.shape[0] == self.rows, f"{logits.shape[0]} rows of logits for {self.rows} sequences"
         parents = self._parents()
         raw = self._shared.observer.logprobs(logits)
-        scores = None if self._takes_the_likeliest else self._processed(self._fan_out(logits.float()))
+        scores = None if self._takes_the_likeliest else self._processed(self._fan_out(logits))
         tokens, logprobs = self._choose(scores, raw, parents)
         stops = self._shared.stopping.check(self._history.followed_by(tokens))
         extras = self._shared.observer.extras(logits, raw, scores)
@@ -99,9 +106,10 @@ class GreedyOrSampling:
 
     def _processed(self, scores: Tensor) -> Tensor:
         if not self._shared.processors:
-            return scores
+            return scores.float() if self._shared.observer.output_scores else scores
         # A processor may write into the scores; the logits are the engine's.
-        return self._shared.process(self._history.rows.contiguous(), scores.clone())
+        own = scores.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        return self._shared.process(self._history.rows.contiguous(), own)
 
     @property
     def _takes_the_likeliest(self) -> bool:
@@ -120,7 +128,7 @@ class GreedyOrSampling:
             possible = scores.gather(1, tokens[:, None])[:, 0] > -torch.inf
         else:
             uniforms = self._uniforms.at(len(self._trace))[self._live_index]
-            tokens, possible = invert_cdf(scores, uniforms)
+            tokens, possible = draw(scores, uniforms, self._limits)
         return tokens, torch.where(possible, raw.of(parents, tokens), torch.nan)
 
     def advance(self, step: Step, host: HostStep) -> None:
@@ -156,24 +164,3 @@ class GreedyOrSampling:
     def sequences(self) -> Tensor:
         """int64[num_return_sequences, prompt + longest], short ones filled with PAD as transformers does."""
         return filled(self._prompt_ids, [found.token_ids for found in self.results()], self.fill)
-
-
-def invert_cdf(scores: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw a token for each row: the first whose cumulative probability exceeds the row's uniform number.
-
-    A token of probability 0 is never drawn, not even where rounding, or a parallel prefix sum that is not
-    quite monotone, would reach it.
-
-    Args:
-        scores: float[rows, vocab], unnormalised; -inf forbids a token.
-        uniforms: float64[rows] in [0, 1).
-
-    Returns:
-        int64[rows] tokens; bool[rows], False where no token was possible (all forbidden, or NaN).
-    """
-    probabilities = torch.softmax(scores.double(), dim=-1)
-    cumulative = probabilities.cumsum(dim=-1).masked_fill(probabilities == 0, -1.0)
-    total = cumulative.amax(dim=-1)
-    # A uniform number is at most 1 - 2^-53, so its product with the total stays below the total.
-    tokens = (cumulative > (uniforms * total)[:, None]).to(torch.uint8).argmax(dim=-1)
-    return tokens, probabilities.gather(1, tokens[:, None])[:, 0] > 0
