@@ -50,10 +50,12 @@ class GreedyOrSampling:
             shared = replace(shared, processors=processors)
         self._shared = shared
         self._trace = Trace(shared.observer)
-        prompt = torch.tensor([prompt_ids], dtype=torch.int64, device=shared.device)
-        self._history = History(prompt.expand(samples, -1))
+        self._history: History | None = None
+        if shared.reads_sequences:
+            prompt = torch.tensor([prompt_ids], dtype=torch.int64, device=shared.device)
+            self._history = History(prompt.expand(samples, -1))
         self._live = list(range(samples))
-        self._live_index = torch.arange(samples, device=shared.device)
+        self._live_index = self._places = torch.arange(samples, device=shared.device)
         self._ends: dict[int, tuple[int, int]] = {}
         self._uniforms = self._make_uniforms(shared.seed, samples)
 
@@ -85,7 +87,8 @@ class GreedyOrSampling:
         raw = self._shared.observer.logprobs(logits)
         scores = None if self._takes_the_likeliest else self._processed(self._fan_out(logits))
         tokens, logprobs = self._choose(scores, raw, parents)
-        stops = self._shared.stopping.check(self._history.followed_by(tokens))
+        length = len(self._prompt_ids) + len(self._trace) + 1
+        stops = self._shared.stopping.check(tokens, length=length, sequences=lambda: self._read().followed_by(tokens))
         extras = self._shared.observer.extras(logits, raw, scores)
         return SamplingStep(
             tokens=tokens,
@@ -97,19 +100,23 @@ class GreedyOrSampling:
 
     def _parents(self) -> Tensor:
         """int64[rows_after]: each row continues itself, except that all samples start from the prompt."""
-        rows = len(self._live)
-        own = torch.arange if len(self._trace) else torch.zeros
-        return own(rows, dtype=torch.int64, device=self._shared.device)
+        return self._places if len(self._trace) else torch.zeros_like(self._places)
 
     def _fan_out(self, rows: Tensor) -> Tensor:
-        return rows if len(self._trace) else rows.expand(len(self._live), -1)
+        """The first row for each sample in the first step; then each sample has one of its own."""
+        return rows if len(self._trace) else rows.expand(len(self._live), *rows.shape[1:])
+
+    def _read(self) -> History:
+        """Prompt and new tokens of the rows."""
+        assert self._history is not None, "tokens are kept for those who read sequences"
+        return self._history
 
     def _processed(self, scores: Tensor) -> Tensor:
         if not self._shared.processors:
             return scores.float() if self._shared.observer.output_scores else scores
         # A processor may write into the scores; the logits are the engine's.
         own = scores.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        return self._shared.process(self._history.rows.contiguous(), own)
+        return self._shared.process(self._read().rows.contiguous(), own)
 
     @property
     def _takes_the_likeliest(self) -> bool:
@@ -122,7 +129,7 @@ class GreedyOrSampling:
         """The token of each row, int64[rows], and its log-probability; NaN where no token was possible at all."""
         if scores is None:
             likeliest, logprobs = raw.likeliest
-            return self._fan_out(likeliest[:, None])[:, 0], self._fan_out(logprobs[:, None])[:, 0]
+            return self._fan_out(likeliest), self._fan_out(logprobs)
         if self._uniforms is None:
             tokens = scores.argmax(dim=-1)
             possible = scores.gather(1, tokens[:, None])[:, 0] > -torch.inf
@@ -137,12 +144,13 @@ class GreedyOrSampling:
         position = len(self._trace)
         kept = [row for row, finished in enumerate(host.finished) if not finished]
         self._ends |= {self._live[row]: (position, row) for row, finished in enumerate(host.finished) if finished}
-        all_kept = len(kept) == len(host.finished)
-        index = torch.tensor(kept, dtype=torch.int64, device=step.tokens.device)
-        self._history.advance(None if all_kept else index)
-        if not all_kept:
-            self._live_index = self._live_index[index]
+        index = self._places
+        if len(kept) < len(host.finished):
+            index = torch.tensor(kept, dtype=torch.int64, device=step.tokens.device)
+            self._live_index, self._places = self._live_index[index], self._places[: len(kept)]
             self._live = [self._live[row] for row in kept]
+        if self._history is not None:
+            self._history.advance(step.tokens, None if index is self._places else index)
         self._trace.append(step.record, index)
 
     def results(self) -> list[Hypothesis]:
