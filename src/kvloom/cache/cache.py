@@ -294,10 +294,10 @@ class KVCache:
 
     def blocks_held(self, sequences: Sequence[CachedSequence]) -> tuple[int, ...]:
         """For each layer group, the distinct blocks that `sequences` hold together."""
+        if len(sequences) <= 1:
+            return tuple(sum(len(own.tables[index].blocks) for own in sequences) for index in range(len(self.groups)))
         return tuple(
             len(np.unique(np.concatenate([sequence.tables[index].blocks for sequence in sequences])))
-            if sequences
-            else 0
             for index in range(len(self.groups))
         )
 

@@ -37,6 +37,7 @@ from kvloom.decoding.shared import Shared
 from kvloom.decoding.stopping import Criterion, make_stopping
 from kvloom.decoding.trace import Observer
 from kvloom.errors import EmptyPrompt, InvalidRequest
+from kvloom.native import native
 
 __all__ = [
     "BeamSearch",
@@ -109,7 +110,13 @@ def _observer(options: Options, output_logits: bool, top_logprobs: int, vocab_si
     top = CHECKS["top_logprobs"]("top_logprobs", top_logprobs or options.top_logprobs)
     if top > vocab_size:
         raise InvalidRequest(f"`top_logprobs={top}` exceeds the vocabulary of {vocab_size} tokens.")
-    return Observer(top, output_logits or options.output_logits, options.remove_invalid_values, options.output_scores)
+    return Observer(
+        top,
+        output_logits or options.output_logits,
+        options.remove_invalid_values,
+        options.output_scores,
+        native(),  # once for all steps
+    )
 
 
 def _seed(options: Options, seed: int | None) -> int | None:

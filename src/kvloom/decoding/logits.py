@@ -77,12 +77,13 @@ def merge(defaults: Iterable[Any], custom: Iterable[Any]) -> list[Any]:
 
 def split_off_limits(processors: Iterable[Processor]) -> tuple[hf.LogitsProcessorList, Limits]:
     """The processors without the temperature, top-k and top-p that stand at their end, and these."""
-    rest, found = list(processors), dict[str, Any]()
-    if rest and type(last := rest[-1]) is hf.TopPLogitsWarper and last.min_tokens_to_keep == 1:
+    rest: list[Any] = list(processors)
+    found: dict[str, Any] = {}
+    if rest and type(rest[-1]) is hf.TopPLogitsWarper and rest[-1].min_tokens_to_keep == 1:
         found["top_p"] = rest.pop().top_p
-    if rest and type(last := rest[-1]) is hf.TopKLogitsWarper:
+    if rest and type(rest[-1]) is hf.TopKLogitsWarper:
         found["top_k"] = rest.pop().top_k
-    if rest and type(last := rest[-1]) is hf.TemperatureLogitsWarper:
+    if rest and type(rest[-1]) is hf.TemperatureLogitsWarper:
         found["temperature"] = rest.pop().temperature
     return hf.LogitsProcessorList(rest), Limits(**found)
 

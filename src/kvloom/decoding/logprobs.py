@@ -11,18 +11,24 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from kvloom.native import Absent, Library
 from kvloom.native.logits import Continuations, Normalizers, best_continuations, normalizers
 
 
 class Logprobs:
-    """Of `logits`, float[rows, vocab]: (logit - largest) - log(sum(exp(logit - largest))) in float32."""
+    """Of `logits`, float[rows, vocab]: (logit - largest) - log(sum(exp(logit - largest))) in float32.
 
-    def __init__(self, logits: Tensor) -> None:
+    Args:
+        library: whose kernels calculate it; by default the process's.
+    """
+
+    def __init__(self, logits: Tensor, library: Library | Absent | None = None) -> None:
         self._logits = logits
+        self._library = library
 
     @cached_property
     def _own(self) -> Normalizers:
-        return normalizers(self._logits)
+        return normalizers(self._logits, self._library)
 
     @property
     def likeliest(self) -> tuple[Tensor, Tensor]:
@@ -55,4 +61,4 @@ class Logprobs:
         if (rows := scores.shape[0]) > logits.shape[0]:
             own = Normalizers(*(value.repeat(rows) for value in (own.largest, own.where, own.log_sums)))
             logits = logits.expand(rows, -1)
-        return best_continuations(logits, own, scores, count)
+        return best_continuations(logits, own, scores, count, self._library)

@@ -135,7 +135,7 @@ class GreedyOrSampling:
             possible = scores.gather(1, tokens[:, None])[:, 0] > -torch.inf
         else:
             uniforms = self._uniforms.at(len(self._trace))[self._live_index]
-            tokens, possible = draw(scores, uniforms, self._limits)
+            tokens, possible = draw(scores, uniforms, self._limits, self._shared.observer.library)
         return tokens, torch.where(possible, raw.of(parents, tokens), torch.nan)
 
     def advance(self, step: Step, host: HostStep) -> None:

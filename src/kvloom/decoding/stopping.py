@@ -65,9 +65,9 @@ class Stopping:
         else:
             finished = torch.isin(tokens, self.eos)
         if not self.criteria:
+            known = length < self.max_length and self.eos is None
             # On the CPU looking means no waiting.
-            looked = finished.device.type == "cpu" and not bool(finished.any())
-            return Stops(finished, None, none=looked or (self.eos is None and length < self.max_length))
+            return Stops(finished, None, none=known or (finished.device.type == "cpu" and not bool(finished.any())))
         stopped = torch.zeros_like(finished)
         for criterion in self.criteria:
             stopped = stopped | _as_rows(criterion(sequences(), None), stopped)

@@ -124,8 +124,8 @@ def _checked_positions(sequences: list[CheckedSequence], chunk: int) -> list[lis
 def check_bytes(binding: HostedModel) -> int:
     """About how much memory `prove` takes besides weights: all that it records, and one comparison of logits.
 
-    Each layer's input and output is recorded for every token of three sequences, without the cache and on it, and logits
-    of some; the model's own forward gives those of a whole sequence.
+    Each layer's input and output is recorded for every token of three sequences, without the cache and on it, and
+    logits of some; the model's own forward gives those of a whole sequence.
     """
     tokens = CHECK_TOKENS if binding.max_tokens is None else min(CHECK_TOKENS, binding.max_tokens)
     hidden = int(binding.model.get_input_embeddings().weight.shape[-1])
@@ -219,7 +219,7 @@ class _Runner:
             )
         self._cache.commit(extension)
         first = 0
-        for (index, _, count), own_logits in zip(requests, logits.split(logits_of), strict=True):
+        for (index, _, count), own_logits in zip(requests, torch.split(logits, logits_of), strict=True):
             self._logits[index].append(own_logits)
             for name, own_rows in rows.items():
                 self._rows[index].setdefault(name, []).append(own_rows[first : first + count])
@@ -324,7 +324,7 @@ def _compare(binding: Provable, own: _Trace, cached: _Trace, checked: Sequence[i
 def _relative_errors(got: Tensor, expected: Tensor) -> Tensor:
     """float32[rows]; of a few rows at a time, because one of logits may be large."""
     errors = []
-    for mine, theirs in zip(got.split(COMPARED_ROWS), expected.split(COMPARED_ROWS), strict=True):
+    for mine, theirs in zip(torch.split(got, COMPARED_ROWS), torch.split(expected, COMPARED_ROWS), strict=True):
         wide = theirs.float()
         errors.append((mine.float() - wide).norm(dim=-1) / wide.norm(dim=-1).clamp_min(1e-12))
     return torch.cat(errors)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvloom.native.library import Library, native
+from kvloom.native.library import Absent, Library, native
 from kvloom.native.linear import DTYPES
 
 
@@ -33,7 +33,9 @@ class Limits:
     top_p: float = 1.0
 
 
-def draw(logits: Tensor, uniforms: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
+def draw(
+    logits: Tensor, uniforms: Tensor, limits: Limits, library: Library | Absent | None = None
+) -> tuple[Tensor, Tensor]:
     """Draw a token for each row: the first whose cumulative probability exceeds the row's uniform number.
 
     A token of probability 0 is never drawn.
@@ -41,13 +43,19 @@ def draw(logits: Tensor, uniforms: Tensor, limits: Limits) -> tuple[Tensor, Tens
     Args:
         logits: float[rows, vocab], unnormalised; -inf forbids a token. The stride of rows may be 0.
         uniforms: float64[rows] in [0, 1).
+        library: by default that of the process.
 
     Returns:
         int64[rows] tokens; bool[rows], False where no token was possible (all forbidden, or NaN).
     """
-    library = native()
-    known = isinstance(library, Library) and type(logits) is Tensor and logits.device.type == "cpu"
-    if not known or logits.dtype not in library.dtypes or logits.stride(1) != 1:
+    library = native() if library is None else library
+    if (
+        not isinstance(library, Library)
+        or type(logits) is not Tensor
+        or logits.device.type != "cpu"
+        or logits.dtype not in library.dtypes
+        or logits.stride(1) != 1
+    ):
         return plain_draw(logits, uniforms, limits)
     rows, columns = logits.shape
     uniforms, drawn = uniforms.contiguous(), torch.empty(rows, dtype=torch.int64)

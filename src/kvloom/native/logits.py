@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvloom.native.library import Library, native
+from kvloom.native.library import Absent, Library, native
 from kvloom.native.linear import DTYPES
 
 
@@ -34,9 +34,9 @@ class Normalizers:
     log_sums: Tensor
 
 
-def normalizers(logits: Tensor) -> Normalizers:
-    """Of the rows of `logits`, float[rows, vocab]."""
-    if (own := _kernels(logits)) is None:
+def normalizers(logits: Tensor, library: Library | Absent | None = None) -> Normalizers:
+    """Of the rows of `logits`, float[rows, vocab]; by `library`, by default that of the process."""
+    if (own := _kernels(logits, library)) is None:
         return plain_normalizers(logits)
     rows, columns = logits.shape
     largest, log_sums, where = torch.empty(rows), torch.empty(rows), torch.empty(rows, dtype=torch.int64)
@@ -70,14 +70,17 @@ class Continuations:
     logprobs: Tensor
 
 
-def best_continuations(logits: Tensor, own: Normalizers, scores: Tensor, count: int) -> Continuations:
+def best_continuations(
+    logits: Tensor, own: Normalizers, scores: Tensor, count: int, library: Library | Absent | None = None
+) -> Continuations:
     """The best `count` of all rows' tokens; of equal ones the first.
 
     Args:
         logits: float[rows, vocab]. own: its normalisers. scores: float32[rows].
+        library: by default that of the process.
     """
     assert count <= logits.shape[1], "a row alone can fill the places"
-    if (kernels := _kernels(logits)) is None:
+    if (kernels := _kernels(logits, library)) is None:
         return plain_best_continuations(logits, own, scores, count)
     rows, columns = logits.shape
     scores = scores.contiguous()
@@ -107,9 +110,9 @@ class _Kernels:
     best: Any
 
 
-def _kernels(logits: Tensor) -> _Kernels | None:
+def _kernels(logits: Tensor, library: Library | Absent | None) -> _Kernels | None:
     """The compiled functions, if they take these logits."""
-    library = native()
+    library = native() if library is None else library
     if not isinstance(library, Library) or type(logits) is not Tensor or logits.device.type != "cpu":
         return None
     return _bound(library) if logits.dtype in library.dtypes and logits.stride(1) == 1 else None
