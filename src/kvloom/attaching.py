@@ -18,6 +18,7 @@ from kvloom.loading import check_tokenizer, load_pretrained
 from kvloom.model import LanguageModel
 from kvloom.models import Binding, CachedCallableBinding, CallableBinding, HostedModel, bind
 from kvloom.models.cached_callable import speaks_cache_protocol
+from kvloom.models.mapped import give_back_freed
 from kvloom.models.selfcheck import prove
 from kvloom.models.x_decoder import DecoderBinding
 from kvloom.models.x_transformers import bind_wrapper, is_of, x_transformers_class
@@ -210,7 +211,10 @@ def _refuse_given(reason: str, **given: Any) -> None:
 
 def _bind_transformers(model: PreTrainedModel, *, exclusive: bool) -> HostedModel:
     binding = bind(model)
+    # The proofs record much, and what they freed would stay with the process beside the packed weights.
+    give_back_freed()
     binding.pack(exclusive=exclusive)
+    give_back_freed()
     return binding
 
 
