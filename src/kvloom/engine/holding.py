@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvloom.cache import CachedSequence, KVCache
-from kvloom.models.binding import Regime
+from kvloom.models.binding import Binding, Regime
 
 
 @dataclass(eq=False)
@@ -22,6 +22,11 @@ class Holding:
     cached: CachedSequence | None
     regime: Regime
     claimed: bool
+
+
+def is_current(holding: Holding, binding: Binding) -> bool:
+    """Whether the model still is the one that computed a holding's tables; False if there are none."""
+    return holding.cached is not None and holding.cached.key.startswith(binding.fingerprint())
 
 
 class Holdings:
