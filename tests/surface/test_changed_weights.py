@@ -51,7 +51,7 @@ def test_a_context_from_before_is_computed_anew(model: PreTrainedModel) -> None:
 
 def test_a_text_that_was_being_written_leaves_nothing_to_later_requests(model: PreTrainedModel) -> None:
     lm = kvloom.attach(model)
-    prompt = tiny.random_ids(model, tokens=20)
+    prompt = tiny.random_ids(model, tokens=5)
     with lm.stream(prompt, max_new_tokens=40, **OPTIONS) as pieces:
         written = [next(pieces).token_id for _ in range(4)]
         change(model)
