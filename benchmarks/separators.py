@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from rich.table import Table
 
 import kvloom
 from kvloom.bench.quality.decode import UNCOUNTED, Subject, held_bytes
@@ -26,6 +27,7 @@ from kvloom.engine import Engine
 SEPARATORS = frozenset(".,?!;:")
 """And line breaks and other blanks that stand alone: those that SepLLM names."""
 SINK_TOKENS, WINDOW_TOKENS = 4, 64
+EVERYTHING, WINDOW, PINNED = "everything", "sinks and window", "sinks, separators and window"
 CONTEXT_TOKENS, NEW_TOKENS, PASSAGES = 768, 32, 4
 FINE_BLOCK_TOKENS = 1
 """Memory is freed by blocks, and in a block of 16 tokens there is nearly always a separator."""
@@ -69,9 +71,9 @@ def policies(separators: Sequence[int]) -> dict[str, Retention | None]:
     """Everything; sinks and window; these and the separators, which are given by position."""
     window = {"sink_tokens": SINK_TOKENS, "window_tokens": WINDOW_TOKENS}
     return {
-        "everything": None,
-        "sinks and window": kvloom.SinkWindow(**window),
-        "sinks, separators and window": kvloom.SinkWindow(**window, pins=tuple((at, at + 1) for at in separators)),
+        EVERYTHING: None,
+        WINDOW: kvloom.SinkWindow(**window),
+        PINNED: kvloom.SinkWindow(**window, pins=tuple((at, at + 1) for at in separators)),
     }
 
 
@@ -143,6 +145,25 @@ def measure_cost(attached: kvloom.LanguageModel, tokens: int, share: float, *, s
             seconds = statistics.median(after - before for before, after in pairwise(ends))
             found.append(Cost(kept, block_tokens, kept_bytes, seconds))
     return found
+
+
+def render_costs(costs: Sequence[Cost], tokens: int) -> Table:
+    """A line for each way to keep less."""
+    table = Table("kept", "tokens a block", "MiB", "step, ms", title=f"behind {tokens:,} random tokens")
+    for own in costs:
+        mebibytes, milliseconds = own.kept_bytes / 2**20, own.step_seconds * 1e3
+        table.add_row(own.kept, str(own.block_tokens), f"{mebibytes:.1f}", f"{milliseconds:.1f}")
+    return table
+
+
+def render_qualities(qualities: Sequence[Quality], share: float) -> Table:
+    """The same for text."""
+    title = f"behind {CONTEXT_TOKENS} tokens of text, of which {share:.0%} are separators; demonstration model"
+    table = Table("kept", "tokens a block", "KiB", "KL, nats", "nats a token", "same likeliest", title=title)
+    for own in qualities:
+        size, numbers = f"{own.kept_bytes / 2**10:.0f}", (f"{own.kl:.4f}", f"{own.nll:.3f}", f"{own.agreement:.0%}")
+        table.add_row(own.kept, str(own.block_tokens), size, *numbers)
+    return table
 
 
 def _separators(tokenizer: Any, token_ids: Sequence[int]) -> list[int]:
