@@ -135,8 +135,11 @@ def attach(
             until `detach`, which puts your weights back bit for bit, calls of your model run on it, and its parameters
             cannot be read, saved or trained.
 
-    Your calls of the model and KVLoom's must not overlap in time. Weights that you change in place are noticed;
-    writing through `parameter.data` is not: attach again after that.
+    Your calls of the model and KVLoom's must not overlap in time. Weights that you change in place are noticed when
+    the next request begins: prefixes and contexts that were computed before are computed anew. Change them between
+    requests: a text that is being written meanwhile goes on, with the old weights or the new ones, as the model's
+    path has it, until another request begins; nothing of it is found by later ones. Writing through `parameter.data`
+    is not noticed: attach again after that.
 
     Raises:
         UnsupportedModel: the model cannot be decoded on the cache; `AttachMismatch` if its cached output
