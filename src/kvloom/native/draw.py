@@ -48,14 +48,10 @@ def draw(
     Returns:
         int64[rows] tokens; bool[rows], False where no token was possible (all forbidden, or NaN).
     """
+    if type(logits) is not Tensor or logits.device.type != "cpu" or logits.stride(1) != 1:
+        return plain_draw(logits, uniforms, limits)
     library = native() if library is None else library
-    if (
-        not isinstance(library, Library)
-        or type(logits) is not Tensor
-        or logits.device.type != "cpu"
-        or logits.dtype not in library.dtypes
-        or logits.stride(1) != 1
-    ):
+    if not isinstance(library, Library) or logits.dtype not in library.dtypes:
         return plain_draw(logits, uniforms, limits)
     rows, columns = logits.shape
     uniforms, drawn = uniforms.contiguous(), torch.empty(rows, dtype=torch.int64)

@@ -112,8 +112,9 @@ class _Kernels:
 
 def _kernels(logits: Tensor, library: Library | Absent | None) -> _Kernels | None:
     """The compiled functions, if they take these logits."""
-    library = native() if library is None else library
-    if not isinstance(library, Library) or type(logits) is not Tensor or logits.device.type != "cpu":
+    if type(logits) is not Tensor or logits.device.type != "cpu":
+        return None
+    if not isinstance(library := native() if library is None else library, Library):
         return None
     return _bound(library) if logits.dtype in library.dtypes and logits.stride(1) == 1 else None
 
