@@ -1,9 +1,10 @@
 """What is often claimed of the key/value cache, beside what is measured here.
 
 On a model of Qwen2.5-0.5B's shape with random weights; each claim has an experiment of its own. Be alone on the
-machine.
+machine. The last claim, about separators, is also tried on text by the demonstration model (`separators.py`).
 
     python benchmarks/bench_claims.py --json claims.json
+    python benchmarks/bench_claims.py --runs 1 --long-tokens 1000      # whether it works
 """
 
 from __future__ import annotations
@@ -23,14 +24,25 @@ from peers.weights import make_model
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from separators import (
+    CONTEXT_TOKENS,
+    EVERYTHING,
+    FINE_BLOCK_TOKENS,
+    PINNED,
+    WINDOW,
+    Cost,
+    Quality,
+    measure_cost,
+    measure_quality,
+    render_costs,
+    render_qualities,
+)
 from transformers import DynamicCache, PreTrainedModel
 
 import kvloom
 from kvloom.bench.timing import median_prefill, median_step, time_run
 
 LENGTHS = (125, 250, 500, 1_000, 2_000)
-LONG = 8_000
-"""Tokens behind which a step on few kept tokens is compared with a step on all of them."""
 
 
 @dataclass(frozen=True)
@@ -123,27 +135,63 @@ def about_use_cache(model: PreTrainedModel) -> Finding:
     )
 
 
+def about_separators(costs: Sequence[Cost], qualities: Sequence[Quality], tokens: int) -> Finding:
+    """Time and bytes on the large model, quality on the demonstration model."""
+    full, kept = costs[0], next(own for own in costs if (own.kept, own.block_tokens) == (PINNED, FINE_BLOCK_TOKENS))
+    by_name = {own.kept: own for own in qualities if own.block_tokens == FINE_BLOCK_TOKENS}
+    whole, pinned, window = by_name[EVERYTHING], by_name[PINNED], by_name[WINDOW]
+    return Finding(
+        "dropping to separators makes long context cheap",
+        f"behind {tokens:,} tokens {kept.kept} take {kept.kept_bytes / 2**20:.1f} MiB of "
+        f"{full.kept_bytes / 2**20:.1f} and a step {kept.step_seconds * 1e3:.1f} ms of {full.step_seconds * 1e3:.1f}. "
+        f"Behind {CONTEXT_TOKENS} tokens of text they cost {_price(pinned, whole)}; without the separators "
+        f"{_price(window, whole)}",
+        "false of a model that was trained with full attention: its separators sum nothing up. Bytes fall, but only "
+        "with blocks as small as a token; a step saves no more than its attention, less what it costs to leave the "
+        "fastest path",
+    )
+
+
+def _price(own: Quality, whole: Quality) -> str:
+    """What a quality costs beside the full cache's."""
+    return (
+        f"{own.kl:.3f} nats of divergence and {own.nll - whole.nll:+.3f} nats a token for "
+        f"{own.kept_bytes / whole.kept_bytes:.0%} of the bytes"
+    )
+
+
 @click.command()
 @click.option("--runs", default=3, show_default=True)
+@click.option("--long-tokens", default=8_000, show_default=True, help="Behind which separators are kept.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the findings here.")
-def main(runs: int, json_path: Path | None) -> None:
+def main(runs: int, long_tokens: int, json_path: Path | None) -> None:
     """Put claims to the test."""
     model = make_model()
     lm = kvloom.attach(model)
     time_run(lm, [[1, 2, 3]], new_tokens=3, do_sample=False)
     with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("measuring", total=2)
+        task = progress.add_task("measuring", total=4)
         cached, uncached = growth(lm, runs)
         progress.advance(task)
         findings = [about_growth(cached, uncached), about_a_thousand(cached, uncached), about_use_cache(model)]
+        progress.advance(task)
+        qualities, share = measure_quality()
+        progress.advance(task)
+        costs = measure_cost(lm, long_tokens, share)
+        findings.append(about_separators(costs, qualities, long_tokens))
         progress.advance(task)
     table = Table("claim", "measured", "so", show_lines=True)
     for own in findings:
         table.add_row(own.claim, own.measured, own.so)
     Console(width=140).print(table)
+    Console(width=140).print(render_costs(costs, long_tokens))
+    Console(width=140).print(render_qualities(qualities, share))
     facts = tell_facts(runs=runs)
     if json_path:
         told = {"facts": facts, "findings": [asdict(own) for own in findings], "cached": cached, "uncached": uncached}
+        told |= {
+            "separators": {"share": share, "costs": list(map(asdict, costs)), "quality": list(map(asdict, qualities))}
+        }
         json_path.write_text(json.dumps(told, indent=2) + "\n")
 
 

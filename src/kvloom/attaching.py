@@ -18,6 +18,7 @@ from kvloom.loading import check_tokenizer, load_pretrained
 from kvloom.model import LanguageModel
 from kvloom.models import Binding, CachedCallableBinding, CallableBinding, HostedModel, bind
 from kvloom.models.cached_callable import speaks_cache_protocol
+from kvloom.models.mapped import give_back_freed
 from kvloom.models.selfcheck import prove
 from kvloom.models.x_decoder import DecoderBinding
 from kvloom.models.x_transformers import is_of, x_transformers_class
@@ -135,8 +136,11 @@ def attach(
             until `detach`, which puts your weights back bit for bit, calls of your model run on it, and its parameters
             cannot be read, saved or trained.
 
-    Your calls of the model and KVLoom's must not overlap in time. Weights that you change in place are noticed;
-    writing through `parameter.data` is not: attach again after that.
+    Your calls of the model and KVLoom's must not overlap in time. Weights that you change in place are noticed when
+    the next request begins: prefixes and contexts that were computed before are computed anew. Change them between
+    requests: a text that is being written meanwhile goes on, with the old weights or the new ones, as the model's
+    path has it, until another request begins; nothing of it is found by later ones. Writing through `parameter.data`
+    is not noticed: attach again after that.
 
     Raises:
         UnsupportedModel: the model cannot be decoded on the cache; `AttachMismatch` if its cached output
@@ -211,7 +215,10 @@ def _refuse_given(reason: str, **given: Any) -> None:
 
 def _bind_transformers(model: PreTrainedModel, *, exclusive: bool) -> HostedModel:
     binding = bind(model)
+    # The proofs record much, and what they freed would stay with the process beside the packed weights.
+    give_back_freed()
     binding.pack(exclusive=exclusive)
+    give_back_freed()
     return binding
 
 

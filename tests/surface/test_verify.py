@@ -364,7 +364,7 @@ def test_a_sampled_token_is_as_near_to_a_tie_as_its_random_number_to_the_border(
 
 def _redraw(logits: Tensor, seed: int) -> list[int]:
     from kvloom.decoding.randomness import Uniforms
-    from kvloom.decoding.sampling import invert_cdf
+    from kvloom.native.draw import invert_cdf
 
     uniforms = Uniforms([seed], torch.device("cpu"))
     return [int(invert_cdf(row[None], uniforms.at(step))[0]) for step, row in enumerate(logits)]

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from driver import assert_raw_results, drive
 from kvloom.decoding import HostStep, Hypothesis, make_decoder, resolve, sample_seed, to_host
 from kvloom.decoding.randomness import Uniforms
-from kvloom.decoding.sampling import invert_cdf
 from kvloom.errors import EmptyPrompt, InvalidRequest
+from kvloom.native.draw import invert_cdf
 from tiny import random_ids, tiny_model
 
 VOCAB = 131

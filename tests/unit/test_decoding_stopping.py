@@ -108,24 +108,28 @@ def stopping(criteria: Any = None, **options: Any) -> Any:
     return make_stopping(resolved, prompt_tokens=2, device=CPU, custom=criteria)
 
 
+def check(conditions: Any, sequences: torch.Tensor) -> Any:
+    return conditions.check(sequences[:, -1], length=sequences.shape[1], sequences=lambda: sequences)
+
+
 def test_eos_is_named_before_stop_and_stop_before_length() -> None:
     conditions = stopping([lambda ids, scores: ids[:, -1] >= 5], eos_token_id=[5, 6])
     last = torch.tensor([[1, 2, 0, 0, 0, token] for token in (5, 7, 3)])
-    stops = conditions.check(last)
+    stops = check(conditions, last)
     assert stops.finished.tolist() == [True, True, True]
     reasons = [conditions.reason(t, s) for t, s in zip((5, 7, 3), stops.stopped.tolist(), strict=True)]
     assert reasons == ["eos", "stop", "length"]
-    assert conditions.check(last[:, 1:]).finished.tolist() == [True, True, False]
+    assert check(conditions, last[:, 1:]).finished.tolist() == [True, True, False]
 
 
 @pytest.mark.parametrize("answer", [True, torch.tensor([True, True]), torch.tensor([[True], [True]])], ids=str)
 def test_a_criterion_may_answer_for_all_rows_or_each(answer: Any) -> None:
-    assert stopping([lambda ids, scores: answer]).check(torch.tensor([[1], [2]])).finished.tolist() == [True, True]
+    assert check(stopping([lambda ids, scores: answer]), torch.tensor([[1], [2]])).finished.tolist() == [True, True]
 
 
 def test_wrong_criteria_are_refused() -> None:
     with pytest.raises(InvalidRequest, match="answered for 3 sequences; there are 2"):
-        stopping([lambda ids, scores: torch.ones(3)]).check(torch.tensor([[1], [2]]))
+        check(stopping([lambda ids, scores: torch.ones(3)]), torch.tensor([[1], [2]]))
     with pytest.raises(InvalidRequest, match="must be a list of callables"):
         stopping(lambda ids, scores: True)
     with pytest.raises(InvalidRequest, match="MaxLengthCriteria of 50 tokens exceeds the maximum of 6"):
@@ -134,10 +138,10 @@ def test_wrong_criteria_are_refused() -> None:
 
 def test_a_shorter_max_length_criterion_ends_earlier() -> None:
     conditions = stopping([MaxLengthCriteria(4)])
-    assert not conditions.check(torch.ones(1, 3, dtype=torch.int64)).finished
-    assert conditions.check(torch.ones(1, 4, dtype=torch.int64)).finished
+    assert not check(conditions, torch.ones(1, 3, dtype=torch.int64)).finished
+    assert check(conditions, torch.ones(1, 4, dtype=torch.int64)).finished
 
 
 def test_max_time_ends_every_sequence() -> None:
     conditions = stopping(max_time=1e-9)
-    assert conditions.check(torch.ones(2, 3, dtype=torch.int64)).stopped.tolist() == [True, True]
+    assert check(conditions, torch.ones(2, 3, dtype=torch.int64)).stopped.tolist() == [True, True]

@@ -51,9 +51,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def forgetful() -> None:
     """Each process loads once; such a test wants to see it happen."""
-    library_module._native.cache_clear()
+    for remembered in (library_module._native, library_module._outcome):
+        remembered.cache_clear()
     yield
-    library_module._native.cache_clear()
+    for remembered in (library_module._native, library_module._outcome):
+        remembered.cache_clear()
 
 
 def test_what_was_built_is_found_again(sources: Path, cache: Path) -> None:
@@ -104,13 +106,40 @@ def test_without_a_working_compiler_one_line_says_so(
 ) -> None:
     monkeypatch.setenv("CXX", command)
     monkeypatch.delenv("KVLOOM_NATIVE", raising=False)
-    load.cache_clear()
     with caplog.at_level(logging.WARNING):
         found = [native(), native()]
     assert isinstance(found[0], Absent) and command in found[0].reason
     assert [record.getMessage() for record in caplog.records] == [
         f"No native kernels: {found[0].reason}. PyTorch's operators serve instead, slower."
     ]
+
+
+def test_what_failed_once_is_not_tried_again(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, forgetful: None, tmp_path: Path
+) -> None:
+    counter = tmp_path / "calls"
+    compiler = tmp_path / "fails"
+    compiler.write_text(f"#!/bin/sh\necho >> {counter}\nexit 3\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    calls = []
+    for spelled in ("1", "native", "1", ""):
+        monkeypatch.setenv("KVLOOM_NATIVE", spelled)
+        assert "exit status 3" in native().reason
+        calls.append(counter.read_text().count("\n"))
+    assert calls[0] > 0 and set(calls) == {calls[0]}
+
+
+def test_a_full_disk_leaves_us_without_kernels_and_says_so(
+    sources: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("kvloom.native.build.os.replace", full)
+    with pytest.raises(BuildError, match="cannot take the kernels: No space left"):
+        build("native", sources)
+    assert list(cache.iterdir()) == []
 
 
 def test_a_source_that_does_not_compile_is_told_by_its_first_error(sources: Path, cache: Path) -> None:

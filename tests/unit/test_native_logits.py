@@ -36,7 +36,7 @@ def test_normalizers_and_best_continuations_are_those_of_pytorch(
     try:
         own, count = normalizers(logits), min(vocab, 9)
         scores = torch.linspace(-3, 0, rows)
-        best, indices = best_continuations(logits, own, scores, count)
+        best = best_continuations(logits, own, scores, count)
         alone = normalizers(logits[-1:])
     finally:
         torch.set_num_threads(before)
@@ -45,11 +45,13 @@ def test_normalizers_and_best_continuations_are_those_of_pytorch(
     given_by = (logits.double() - own.largest[:, None]) - own.log_sums[:, None]
     torch.testing.assert_close(given_by, wanted, rtol=0, atol=2e-6)
     assert torch.equal(alone.log_sums[0], own.log_sums[-1]), "a row's bits depend on the row alone"
-    exact = ((logits.float() - own.largest[:, None]) - own.log_sums[:, None]) + scores[:, None]
+    logprobs = (logits.float() - own.largest[:, None]) - own.log_sums[:, None]
+    exact = logprobs + scores[:, None]
     ranked = exact.flatten().sort(descending=True, stable=True)
-    assert torch.equal(best, ranked.values[:count])
+    assert torch.equal(best.scores, ranked.values[:count])
+    assert torch.equal(best.logprobs, logprobs[best.rows, best.tokens])
     if dtype in NATIVE_DTYPES:
-        assert torch.equal(indices, ranked.indices[:count]), "of equal ones the first"
+        assert torch.equal(best.rows * vocab + best.tokens, ranked.indices[:count]), "of equal ones the first"
 
 
 def test_numbers_that_are_none_leave_no_normalizer_and_masked_tokens_weigh_nothing() -> None:
@@ -60,10 +62,10 @@ def test_numbers_that_are_none_leave_no_normalizer_and_masked_tokens_weigh_nothi
     for own in (normalizers(logits), plain_normalizers(logits)):
         assert own.log_sums.isnan().tolist() == [True, True, True, False]
         torch.testing.assert_close(own.log_sums[3] + own.largest[3], torch.logsumexp(logits[3], dim=-1))
-        best, _ = best_continuations(logits, own, torch.zeros(4), 3)
-        assert best.isnan().any()
+        best = best_continuations(logits, own, torch.zeros(4), 3)
+        assert best.scores.isnan().any() and torch.equal(best.logprobs.isnan(), best.scores.isnan())
     both = [kernel(logits[3:], own_of(logits[3:]), torch.zeros(1), 12) for kernel, own_of in KERNELS]
-    assert torch.equal(both[0][0].isinf(), both[1][0].isinf()) and int(both[0][0].isinf().sum()) == 2
+    assert torch.equal(both[0].scores.isinf(), both[1].scores.isinf()) and int(both[0].scores.isinf().sum()) == 2
 
 
 KERNELS = ((best_continuations, normalizers), (plain_best_continuations, plain_normalizers))

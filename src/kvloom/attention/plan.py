@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,20 +99,18 @@ def build_plan(
     Args:
         logits: for each sequence, of how many of its last new tokens logits are wanted; 0 for none.
     """
-    counts = np.array(extension.counts, dtype=np.int64)
-    first_rows = np.cumsum(counts) - counts
-    first_positions = np.array([s.tokens for s in extension.sequences], dtype=np.int64) - counts
-    positions = np.repeat(first_positions - first_rows, counts) + np.arange(int(counts.sum()))
-    wanted = [np.arange(end - n, end) for end, n in zip(first_rows + counts, logits, strict=True)]
+    work = list(zip(extension.sequences, extension.counts, strict=True))
+    ends = list(accumulate(extension.counts))
+    # Lists: a step has few rows or is long, and what NumPy needs to begin with costs more than a few of them.
+    positions = [position for own, count in work for position in range(own.tokens - count, own.tokens)]
+    wanted = [row for end, n in zip(ends, logits, strict=True) for row in range(end - n, end)]
     groups = []
     for index, group in enumerate(cache.groups):
         reach = group.group.reach
         written = cache.written(extension, index) if cache.layout.seals and not reach.cross else None
         sources = tuple(
-            _source(sequence, index, reach, row, count, None if written is None else written[i])
-            for i, (sequence, row, count) in enumerate(
-                zip(extension.sequences, first_rows.tolist(), extension.counts, strict=True)
-            )
+            _source(sequence, index, reach, end - count, count, None if written is None else written[i])
+            for i, ((sequence, count), end) in enumerate(zip(work, ends, strict=True))
         )
         groups.append(
             GroupPlan(
@@ -123,7 +121,11 @@ def build_plan(
                 observation=_observation(extension.sequences, sources, reach),
             )
         )
-    return Plan(as_tensor(positions, device), as_tensor(np.concatenate(wanted), device), tuple(groups))
+    return Plan(
+        positions=torch.tensor(positions, dtype=torch.int64, device=device),
+        logit_rows=torch.tensor(wanted, dtype=torch.int64, device=device),
+        groups=tuple(groups),
+    )
 
 
 def _source(

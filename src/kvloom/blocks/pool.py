@@ -76,6 +76,8 @@ class BlockPool:
         Args:
             opened: which of them, by index, are not filled at once. Where places are counted, these get one.
         """
+        if not count:
+            return np.empty(0, dtype=np.int32)
         if count > len(self._free):
             raise PoolExhausted(count, len(self._free))
         if self.open_blocks is not None and len(opened) > self.open_blocks.free:
@@ -89,14 +91,18 @@ class BlockPool:
 
     def acquire(self, blocks: BlockIds) -> None:
         """Add a holder to each of `blocks`, which are distinct and already held."""
-        assert bool((self._references[blocks] > 0).all()), "a free block cannot be shared"
-        self._references[blocks] += 1
+        held = self._references[blocks]
+        assert held.all(), "a free block cannot be shared"
+        self._references[blocks] = held + 1
 
     def release(self, blocks: BlockIds) -> None:
         """Take a holder from each of `blocks`, which are distinct; those without any become free."""
-        assert bool((self._references[blocks] > 0).all()), "a block was released more often than held"
-        self._references[blocks] -= 1
-        freed = blocks[self._references[blocks] == 0]
+        if not len(blocks):
+            return
+        held = self._references[blocks]
+        assert held.all(), "a block was released more often than held"
+        self._references[blocks] = held - 1
+        freed = blocks[held == 1]
         if self.open_blocks is not None:
             self.open_blocks.seal(freed)
         for block in freed.tolist():

@@ -51,13 +51,17 @@ class CachedSequence:
     """One sequence's tables, one a layer group, and what its retention policy knows of it (None without one).
 
     Made by `KVCache.open` and `fork`. `foreign` if it began with keys and values that this model has not computed, so
-    that nothing of it may be found by others.
+    that nothing of it may be found by others. `key` is a digest of what its keys and values come from besides tokens:
+    weights that were changed since are not those that it was computed with.
     """
 
-    def __init__(self, tables: list[Table], retained: Retained | None = None, *, foreign: bool = False) -> None:
+    def __init__(
+        self, tables: list[Table], retained: Retained | None = None, *, foreign: bool = False, key: bytes = b""
+    ) -> None:
         self.tables = tables
         self.retained = retained
         self.foreign = foreign
+        self.key = key
 
     @property
     def tokens(self) -> int:
@@ -148,7 +152,8 @@ class KVCache:
         Args:
             marks: what stands behind placeholder tokens, see `chain_digests`.
         """
-        sequence = CachedSequence([Table(group.pool, self.layout.block_tokens) for group in self.groups])
+        tables = [Table(group.pool, self.layout.block_tokens) for group in self.groups]
+        sequence = CachedSequence(tables, key=extra_key)
         if len(tokens) > 1:
             self._adopt_prefix(sequence, chain_digests(tokens[:-1], self.layout.block_tokens, extra_key, marks=marks))
         return sequence
@@ -224,13 +229,14 @@ class KVCache:
                 if count == size and first % size == 0 and first // size < len(digests):
                     group.index.insert(digests[first // size], block, depth=first // size)
 
-    def place(self, placements: Sequence[Placement], *, tokens: int) -> CachedSequence:
+    def place(self, placements: Sequence[Placement], *, tokens: int, extra_key: bytes = b"") -> CachedSequence:
         """A sequence of `tokens` tokens in blocks of its own, of which each group holds those of its placement.
 
         Its slots (`held`) are still to be written. Raises `PoolExhausted`, with nothing changed, if the blocks do not
         suffice; idle ones are reclaimed.
         """
-        sequence = CachedSequence([Table(group.pool, self.layout.block_tokens) for group in self.groups])
+        tables = [Table(group.pool, self.layout.block_tokens) for group in self.groups]
+        sequence = CachedSequence(tables, key=extra_key)
         try:
             for table, group, own in zip(sequence.tables, self.groups, placements, strict=True):
                 group.ensure_free(len(own.runs))
@@ -255,7 +261,7 @@ class KVCache:
     def fork(self, sequence: CachedSequence) -> CachedSequence:
         """A sequence with the same past; every block is shared until one of the two writes."""
         tables = [table.fork() for table in sequence.tables]
-        return CachedSequence(tables, sequence.retained, foreign=sequence.foreign)
+        return CachedSequence(tables, sequence.retained, foreign=sequence.foreign, key=sequence.key)
 
     def can_truncate(self, sequence: CachedSequence, tokens: int) -> bool:
         """Whether a sequence cut to `tokens` would still hold all that its windows, and its retention policy, need."""
@@ -294,10 +300,10 @@ class KVCache:
 
     def blocks_held(self, sequences: Sequence[CachedSequence]) -> tuple[int, ...]:
         """For each layer group, the distinct blocks that `sequences` hold together."""
+        if len(sequences) <= 1:
+            return tuple(sum(len(own.tables[index].blocks) for own in sequences) for index in range(len(self.groups)))
         return tuple(
             len(np.unique(np.concatenate([sequence.tables[index].blocks for sequence in sequences])))
-            if sequences
-            else 0
             for index in range(len(self.groups))
         )
 

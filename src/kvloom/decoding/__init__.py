@@ -37,6 +37,7 @@ from kvloom.decoding.shared import Shared
 from kvloom.decoding.stopping import Criterion, make_stopping
 from kvloom.decoding.trace import Observer
 from kvloom.errors import EmptyPrompt, InvalidRequest
+from kvloom.native import native
 
 __all__ = [
     "BeamSearch",
@@ -95,7 +96,7 @@ def make_decoder(
     shared = Shared(
         processors=processors,
         stopping=stopping,
-        observer=_observer(options, output_logits, top_logprobs, vocab_size),
+        observer=_observer(options, output_logits, top_logprobs, vocab_size, device),
         device=device,
         fill=_fill(options),
         seed=_seed(options, seed),
@@ -105,11 +106,19 @@ def make_decoder(
     return BeamSearch(prompt_ids, shared, rules=_beam_rules(options, len(prompt_ids), vocab_size))
 
 
-def _observer(options: Options, output_logits: bool, top_logprobs: int, vocab_size: int) -> Observer:
+def _observer(
+    options: Options, output_logits: bool, top_logprobs: int, vocab_size: int, device: torch.device
+) -> Observer:
     top = CHECKS["top_logprobs"]("top_logprobs", top_logprobs or options.top_logprobs)
     if top > vocab_size:
         raise InvalidRequest(f"`top_logprobs={top}` exceeds the vocabulary of {vocab_size} tokens.")
-    return Observer(top, output_logits or options.output_logits, options.remove_invalid_values, options.output_scores)
+    return Observer(
+        top,
+        output_logits or options.output_logits,
+        options.remove_invalid_values,
+        options.output_scores,
+        native() if device.type == "cpu" else None,  # once for all steps
+    )
 
 
 def _seed(options: Options, seed: int | None) -> int | None:

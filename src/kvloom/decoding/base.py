@@ -117,8 +117,11 @@ class Decoder(Protocol):
 
 def to_host(steps: list[Step]) -> list[HostStep]:
     """Bring the decisions of all requests to the host with a single synchronisation."""
-    if not steps:
-        return []
+    if all(step.tokens.device.type == "cpu" for step in steps):
+        return [
+            HostStep(own.tokens.tolist(), own.parents.tolist(), own.finished.tolist(), own.logprobs.tolist())
+            for own in steps
+        ]
     # float64 holds every token id and every float32 exactly, so one tensor can carry all four fields.
     packed = torch.cat(
         [torch.stack([s.tokens.double(), s.parents.double(), s.finished.double(), s.logprobs.double()]) for s in steps],

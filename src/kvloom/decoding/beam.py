@@ -20,7 +20,9 @@ from kvloom.decoding.beam_state import IMPOSSIBLE, BeamRules, Beams, BeamStep, C
 from kvloom.decoding.logprobs import Logprobs
 from kvloom.decoding.randomness import generator_for
 from kvloom.decoding.shared import Shared, filled
+from kvloom.decoding.stopping import Stops
 from kvloom.decoding.trace import Path, Record, Trace
+from kvloom.native.logits import Continuations
 
 
 class BeamSearch:
@@ -43,7 +45,8 @@ class BeamSearch:
         self._rules = rules
         self._trace = Trace(shared.observer)
         self._generator = None if shared.seed is None else generator_for(shared.seed)
-        self._beams = _start(prompt_ids, rules.num_beams, shared.device)
+        self._beams = _start(prompt_ids, rules.num_beams, shared)
+        self._goes_on = torch.zeros((), dtype=torch.bool, device=shared.device)
         self._done = False
 
     @property
@@ -70,21 +73,20 @@ class BeamSearch:
         raw = self._shared.observer.logprobs(logits)
         generator = None if self._generator is None else self._generator.clone_state()
         processed = None if self._needs_no_scores(logits) else self._processed(logits, raw)
-        candidates, stopped = self._candidates(*self._draw(processed, raw, logits.shape[1], generator))
+        found = self._draw(processed, raw, generator)
+        candidates, stops = self._candidates(found)
         # Before the first decision all beams are the one row of the prompt.
-        parents = candidates.beams if len(self._trace) else torch.zeros_like(candidates.beams)
-        # A score that is not a number orders nothing: the engine must hear of it.
-        logprobs = raw.of(parents, candidates.tokens).where(~candidates.scores.isnan(), torch.nan)
-        beams, kept = self._next(candidates)
-        over = self._over(beams, candidates)
+        parents = found.rows if len(self._trace) else torch.zeros_like(found.rows)
+        quiet = processed is None and stops.none and self._beams.none_finished
+        beams, kept, over = self._next(candidates, quiet=quiet)
         extras = self._shared.observer.extras(logits, raw, processed)
         return BeamStep(
-            tokens=candidates.tokens[kept],
+            tokens=found.tokens[kept],
             parents=parents[kept],
             finished=over.expand(kept.shape[0]),
-            logprobs=logprobs[kept],
+            logprobs=found.logprobs[kept],
             beams=beams,
-            record=Record(candidates.tokens, parents, logprobs, stopped, extras),
+            record=Record(found.tokens, parents, found.logprobs, stops.stopped, extras),
             kept=kept,
             generator=generator,
         )
@@ -93,21 +95,19 @@ class BeamSearch:
         """Whether the best continuations can be found without writing down all scores."""
         observer = self._shared.observer
         untouched = self.seed is None and not self._shared.processors and not observer.mend
-        # In float32 the scores are transformers' to the last bit, which takes PyTorch's own log-softmax.
-        narrow = logits.dtype != torch.float32 and self._rules.candidates <= logits.shape[1]
-        return untouched and narrow and not observer.output_scores
+        return untouched and self._rules.candidates <= logits.shape[1] and not observer.output_scores
 
-    def _draw(
-        self, processed: Tensor | None, raw: Logprobs, vocab: int, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores, beams and tokens of the candidates, each [candidates]."""
+    def _draw(self, processed: Tensor | None, raw: Logprobs, generator: torch.Generator | None) -> Continuations:
+        """The candidates: which tokens follow which beams."""
         if processed is None:
-            scores, chosen = raw.best(self._beams.scores, self._rules.candidates)
-        else:
-            flat = (processed + self._beams.scores[:, None]).reshape(-1)
-            chosen = _draw(flat, self._rules.candidates, generator)
-            scores = flat[chosen]
-        return scores, chosen // vocab, chosen % vocab
+            return raw.best(self._beams.scores, self._rules.candidates)
+        flat = (processed + self._beams.scores[:, None]).reshape(-1)
+        chosen = _draw(flat, self._rules.candidates, generator)
+        scores, vocab = flat[chosen], processed.shape[1]
+        beams, tokens = chosen // vocab, chosen % vocab
+        # A score that is not a number orders nothing: the engine must hear of it.
+        known = raw.of(beams if len(self._trace) else torch.zeros_like(beams), tokens).where(~scores.isnan(), torch.nan)
+        return Continuations(scores, beams, tokens, known)
 
     def _processed(self, logits: Tensor, raw: Logprobs) -> Tensor:
         """float32[num_beams, vocab]: what the processors make of each beam's log-probabilities."""
@@ -115,21 +115,31 @@ class BeamSearch:
         logprobs = logprobs.expand(self._rules.num_beams, -1)
         if self._shared.processors:
             # A processor may write into what it is given.
-            return self._shared.process(self._beams.sequences, logprobs.clone())
+            return self._shared.process(_there(self._beams.sequences), logprobs.clone())
         return logprobs
 
-    def _candidates(self, scores: Tensor, beams: Tensor, tokens: Tensor) -> tuple[Candidates, Tensor | None]:
-        """The candidates of this step, and which of them met a stop string or criterion."""
-        sequences = torch.cat([self._beams.sequences[beams], tokens[:, None]], dim=1)
-        stops = self._shared.stopping.check(sequences)
-        return Candidates(scores, beams, tokens, sequences, stops.finished), stops.stopped
+    def _candidates(self, found: Continuations) -> tuple[Candidates, Stops]:
+        """The candidates of this step with their sequences, if anybody reads these, and which of them end."""
+        sequences = None
+        if self._beams.sequences is not None:
+            sequences = torch.cat([self._beams.sequences[found.rows], found.tokens[:, None]], dim=1)
+        length = len(self._prompt_ids) + len(self._trace) + 1
+        stops = self._shared.stopping.check(found.tokens, length=length, sequences=lambda: _there(sequences))
+        return Candidates(found.scores, sequences, stops.finished), stops
 
-    def _next(self, candidates: Candidates) -> tuple[Beams, Tensor]:
-        """The state after this step, and which candidates run on: int64[num_beams]."""
-        running = candidates.scores + candidates.ends.float() * IMPOSSIBLE
-        kept = running.topk(self._rules.num_beams).indices
-        finished = self._beams.finished.best_with(self._ended(candidates))
-        return Beams(candidates.sequences[kept], running[kept], finished), kept
+    def _next(self, candidates: Candidates, *, quiet: bool) -> tuple[Beams, Tensor, Tensor]:
+        """The state after this step, which candidates run on, int64[num_beams], and whether the search is over.
+
+        Args:
+            quiet: whether no candidate ends, nor any has before: then there is little to be done.
+        """
+        running = candidates.scores if quiet else candidates.scores + candidates.ends.float() * IMPOSSIBLE
+        best = running.topk(self._rules.num_beams)
+        sequences = None if candidates.sequences is None else candidates.sequences[best.indices]
+        if quiet:
+            return Beams(sequences, best.values, self._beams.finished, none_finished=True), best.indices, self._goes_on
+        beams = Beams(sequences, best.values, self._beams.finished.best_with(self._ended(candidates)))
+        return beams, best.indices, self._over(beams, candidates)
 
     def _ended(self, candidates: Candidates) -> Finished:
         """The candidates as hypotheses, out of the running unless they end here and are good enough."""
@@ -200,15 +210,23 @@ class BeamSearch:
         return filled(self._prompt_ids, [found.token_ids for found in self.results()], self.fill)
 
 
-def _start(prompt_ids: list[int], num_beams: int, device: torch.device) -> Beams:
+def _start(prompt_ids: list[int], num_beams: int, shared: Shared) -> Beams:
+    device = shared.device
+    sequences = torch.tensor([prompt_ids] * num_beams, dtype=torch.int64, device=device)
     # All beams start alike: only the first may be continued, or they would all choose the same tokens.
     scores = torch.full((num_beams,), IMPOSSIBLE, dtype=torch.float32, device=device)
     scores[0] = 0.0
     return Beams(
-        sequences=torch.tensor([prompt_ids] * num_beams, dtype=torch.int64, device=device),
+        sequences=sequences if shared.reads_sequences else None,
         scores=scores,
         finished=Finished.none(num_beams, device),
+        none_finished=True,
     )
+
+
+def _there(sequences: Tensor | None) -> Tensor:
+    assert sequences is not None, "tokens are kept for those who read sequences"
+    return sequences
 
 
 def _draw(scores: Tensor, count: int, generator: torch.Generator | None) -> Tensor:

@@ -82,14 +82,16 @@ class Beams:
     """The state of a search between two steps.
 
     Attributes:
-        sequences: int64[num_beams, length], prompt and new tokens of each running beam.
+        sequences: int64[num_beams, length], prompt and new tokens of each running beam; None if nobody reads them.
         scores: float32[num_beams], summed processed log-probabilities.
         finished: the hypotheses that have ended.
+        none_finished: whether there are none yet, as far as is known without looking.
     """
 
-    sequences: Tensor
+    sequences: Tensor | None
     scores: Tensor
     finished: Finished
+    none_finished: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,15 +100,12 @@ class Candidates:
 
     Attributes:
         scores: float32[candidates], summed processed log-probabilities.
-        beams, tokens: int64[candidates], the beam continued and the token.
-        sequences: int64[candidates, length + 1].
+        sequences: int64[candidates, length + 1]; None if nobody reads them.
         ends: bool[candidates], the sequence ends here.
     """
 
     scores: Tensor
-    beams: Tensor
-    tokens: Tensor
-    sequences: Tensor
+    sequences: Tensor | None
     ends: Tensor
 
 

@@ -31,8 +31,9 @@ class History:
         self._buffer[:, self._length] = tokens
         return self._buffer[:, : self._length + 1]
 
-    def advance(self, kept: Tensor | None) -> None:
-        """Take the last `followed_by` as it is; of its rows only those at `kept`, int64[n], unless that is None."""
+    def advance(self, tokens: Tensor, kept: Tensor | None) -> None:
+        """Give each row its token; of the rows only those at `kept`, int64[n], stay, unless that is None."""
+        self.followed_by(tokens)
         self._length += 1
         if kept is not None:
             self._buffer = torch.index_select(self._buffer, 0, kept)

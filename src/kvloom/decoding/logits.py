@@ -15,6 +15,7 @@ from transformers.generation import logits_process as hf
 
 from kvloom.decoding.options import Options
 from kvloom.errors import InvalidRequest
+from kvloom.native.draw import Limits
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 
@@ -72,6 +73,19 @@ def merge(defaults: Iterable[Any], custom: Iterable[Any]) -> list[Any]:
         if not any(mine is present for present in merged):
             merged.append(mine)
     return merged
+
+
+def split_off_limits(processors: Iterable[Processor]) -> tuple[hf.LogitsProcessorList, Limits]:
+    """The processors without the temperature, top-k and top-p that stand at their end, and these."""
+    rest: list[Any] = list(processors)
+    found: dict[str, Any] = {}
+    if rest and type(rest[-1]) is hf.TopPLogitsWarper and rest[-1].min_tokens_to_keep == 1:
+        found["top_p"] = rest.pop().top_p
+    if rest and type(rest[-1]) is hf.TopKLogitsWarper:
+        found["top_k"] = rest.pop().top_k
+    if rest and type(rest[-1]) is hf.TemperatureLogitsWarper:
+        found["temperature"] = rest.pop().temperature
+    return hf.LogitsProcessorList(rest), Limits(**found)
 
 
 def eos_tensor(options: Options, device: torch.device) -> Tensor | None:

@@ -11,18 +11,24 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kvloom.native.logits import Normalizers, best_continuations, normalizers
+from kvloom.native import Absent, Library
+from kvloom.native.logits import Continuations, Normalizers, best_continuations, normalizers
 
 
 class Logprobs:
-    """Of `logits`, float[rows, vocab]: (logit - largest) - log(sum(exp(logit - largest))) in float32."""
+    """Of `logits`, float[rows, vocab]: (logit - largest) - log(sum(exp(logit - largest))) in float32.
 
-    def __init__(self, logits: Tensor) -> None:
+    Args:
+        library: whose kernels calculate it; by default the process's.
+    """
+
+    def __init__(self, logits: Tensor, library: Library | Absent | None = None) -> None:
         self._logits = logits
+        self._library = library
 
     @cached_property
     def _own(self) -> Normalizers:
-        return normalizers(self._logits)
+        return normalizers(self._logits, self._library)
 
     @property
     def likeliest(self) -> tuple[Tensor, Tensor]:
@@ -41,17 +47,18 @@ class Logprobs:
         """float32[rows, vocab], PyTorch's own; the last bit may be another than `of` gives without it."""
         return torch.log_softmax(self._logits.float(), dim=-1)
 
-    def best(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The best `count` of all log-probabilities plus their row's score, best first.
+    def best(self, scores: Tensor, count: int) -> Continuations:
+        """The best `count` of all log-probabilities plus their row's score.
 
         Args:
             scores: float32[n]; a single row of logits serves all of them.
-
-        Returns:
-            float32[count], and int64[count], row * vocab + token. NaN where a row's logits hold a NaN.
         """
-        rows = scores.shape[0]
-        if rows == self._logits.shape[0]:
-            return best_continuations(self._logits, self._own, scores, count)
-        own = Normalizers(*(value.repeat(rows) for value in (self._own.largest, self._own.where, self._own.log_sums)))
-        return best_continuations(self._logits.expand(rows, -1), own, scores, count)
+        logits, own = self._logits, self._own
+        if logits.dtype == torch.float32:
+            # PyTorch's own log-softmax, which is in transformers' scores to the last bit, as if it were logits.
+            none = torch.zeros_like(own.log_sums)
+            logits, own = self.all, Normalizers(none, own.where, none.where(own.log_sums.isfinite(), torch.nan))
+        if (rows := scores.shape[0]) > logits.shape[0]:
+            own = Normalizers(*(value.repeat(rows) for value in (own.largest, own.where, own.log_sums)))
+            logits = logits.expand(rows, -1)
+        return best_continuations(logits, own, scores, count, self._library)

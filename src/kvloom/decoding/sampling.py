@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kvloom.decoding.base import HostStep, Hypothesis, Step
 from kvloom.decoding.history import History
+from kvloom.decoding.logits import split_off_limits
 from kvloom.decoding.logprobs import Logprobs
 from kvloom.decoding.randomness import Uniforms, sample_seed
 from kvloom.decoding.shared import Shared, filled
 from kvloom.decoding.trace import Record, Trace
+from kvloom.native.draw import Limits, draw
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class GreedyOrSampling:
     The first decision fans out from row 0. Rows finish independently: `rows` counts those that go on, in the
     order of the samples. Processors see the rows that go on, prompt and new tokens of each.
 
-    Sampling inverts the cumulative distribution in float64 with one uniform number a row and step, drawn from
-    the sample's own generator. So a sample does not depend on its batch mates, and differs between devices
+    Sampling inverts the cumulative distribution with one uniform number a row and step, drawn from the sample's own
+    generator (`native.draw`). So a sample does not depend on its batch mates, and differs between devices
     only as far as their logits do.
     """
 
@@ -41,12 +43,19 @@ class GreedyOrSampling:
         """A decoder of `samples` sequences; greedy if `shared.seed` is None."""
         self.seed = shared.seed
         self._prompt_ids = list(prompt_ids)
+        self._limits = Limits()
+        if shared.seed is not None and not shared.observer.output_scores:
+            # Scores that nobody asks for need not be written down to be drawn from.
+            processors, self._limits = split_off_limits(shared.processors)
+            shared = replace(shared, processors=processors)
         self._shared = shared
         self._trace = Trace(shared.observer)
-        prompt = torch.tensor([prompt_ids], dtype=torch.int64, device=shared.device)
-        self._history = History(prompt.expand(samples, -1))
+        self._history: History | None = None
+        if shared.reads_sequences:
+            prompt = torch.tensor([prompt_ids], dtype=torch.int64, device=shared.device)
+            self._history = History(prompt.expand(samples, -1))
         self._live = list(range(samples))
-        self._live_index = torch.arange(samples, device=shared.device)
+        self._live_index = self._places = torch.arange(samples, device=shared.device)
         self._ends: dict[int, tuple[int, int]] = {}
         self._uniforms = self._make_uniforms(shared.seed, samples)
 
@@ -76,9 +85,10 @@ class GreedyOrSampling:
         assert logits.shape[0] == self.rows, f"{logits.shape[0]} rows of logits for {self.rows} sequences"
         parents = self._parents()
         raw = self._shared.observer.logprobs(logits)
-        scores = None if self._takes_the_likeliest else self._processed(self._fan_out(logits.float()))
+        scores = None if self._takes_the_likeliest else self._processed(self._fan_out(logits))
         tokens, logprobs = self._choose(scores, raw, parents)
-        stops = self._shared.stopping.check(self._history.followed_by(tokens))
+        length = len(self._prompt_ids) + len(self._trace) + 1
+        stops = self._shared.stopping.check(tokens, length=length, sequences=lambda: self._read().followed_by(tokens))
         extras = self._shared.observer.extras(logits, raw, scores)
         return SamplingStep(
             tokens=tokens,
@@ -90,18 +100,23 @@ class GreedyOrSampling:
 
     def _parents(self) -> Tensor:
         """int64[rows_after]: each row continues itself, except that all samples start from the prompt."""
-        rows = len(self._live)
-        own = torch.arange if len(self._trace) else torch.zeros
-        return own(rows, dtype=torch.int64, device=self._shared.device)
+        return self._places if len(self._trace) else torch.zeros_like(self._places)
 
     def _fan_out(self, rows: Tensor) -> Tensor:
-        return rows if len(self._trace) else rows.expand(len(self._live), -1)
+        """The first row for each sample in the first step; then each sample has one of its own."""
+        return rows if len(self._trace) else rows.expand(len(self._live), *rows.shape[1:])
+
+    def _read(self) -> History:
+        """Prompt and new tokens of the rows."""
+        assert self._history is not None, "tokens are kept for those who read sequences"
+        return self._history
 
     def _processed(self, scores: Tensor) -> Tensor:
         if not self._shared.processors:
-            return scores
+            return scores.float() if self._shared.observer.output_scores else scores
         # A processor may write into the scores; the logits are the engine's.
-        return self._shared.process(self._history.rows.contiguous(), scores.clone())
+        own = scores.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        return self._shared.process(self._read().rows.contiguous(), own)
 
     @property
     def _takes_the_likeliest(self) -> bool:
@@ -114,13 +129,13 @@ class GreedyOrSampling:
         """The token of each row, int64[rows], and its log-probability; NaN where no token was possible at all."""
         if scores is None:
             likeliest, logprobs = raw.likeliest
-            return self._fan_out(likeliest[:, None])[:, 0], self._fan_out(logprobs[:, None])[:, 0]
+            return self._fan_out(likeliest), self._fan_out(logprobs)
         if self._uniforms is None:
             tokens = scores.argmax(dim=-1)
             possible = scores.gather(1, tokens[:, None])[:, 0] > -torch.inf
         else:
             uniforms = self._uniforms.at(len(self._trace))[self._live_index]
-            tokens, possible = invert_cdf(scores, uniforms)
+            tokens, possible = draw(scores, uniforms, self._limits, self._shared.observer.library)
         return tokens, torch.where(possible, raw.of(parents, tokens), torch.nan)
 
     def advance(self, step: Step, host: HostStep) -> None:
@@ -129,12 +144,13 @@ class GreedyOrSampling:
         position = len(self._trace)
         kept = [row for row, finished in enumerate(host.finished) if not finished]
         self._ends |= {self._live[row]: (position, row) for row, finished in enumerate(host.finished) if finished}
-        all_kept = len(kept) == len(host.finished)
-        index = torch.tensor(kept, dtype=torch.int64, device=step.tokens.device)
-        self._history.advance(None if all_kept else index)
-        if not all_kept:
-            self._live_index = self._live_index[index]
+        index = self._places
+        if len(kept) < len(host.finished):
+            index = torch.tensor(kept, dtype=torch.int64, device=step.tokens.device)
+            self._live_index, self._places = self._live_index[index], self._places[: len(kept)]
             self._live = [self._live[row] for row in kept]
+        if self._history is not None:
+            self._history.advance(step.tokens, None if index is self._places else index)
         self._trace.append(step.record, index)
 
     def results(self) -> list[Hypothesis]:
@@ -156,24 +172,3 @@ class GreedyOrSampling:
     def sequences(self) -> Tensor:
         """int64[num_return_sequences, prompt + longest], short ones filled with PAD as transformers does."""
         return filled(self._prompt_ids, [found.token_ids for found in self.results()], self.fill)
-
-
-def invert_cdf(scores: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw a token for each row: the first whose cumulative probability exceeds the row's uniform number.
-
-    A token of probability 0 is never drawn, not even where rounding, or a parallel prefix sum that is not
-    quite monotone, would reach it.
-
-    Args:
-        scores: float[rows, vocab], unnormalised; -inf forbids a token.
-        uniforms: float64[rows] in [0, 1).
-
-    Returns:
-        int64[rows] tokens; bool[rows], False where no token was possible (all forbidden, or NaN).
-    """
-    probabilities = torch.softmax(scores.double(), dim=-1)
-    cumulative = probabilities.cumsum(dim=-1).masked_fill(probabilities == 0, -1.0)
-    total = cumulative.amax(dim=-1)
-    # A uniform number is at most 1 - 2^-53, so its product with the total stays below the total.
-    tokens = (cumulative > (uniforms * total)[:, None]).to(torch.uint8).argmax(dim=-1)
-    return tokens, probabilities.gather(1, tokens[:, None])[:, 0] > 0

@@ -33,6 +33,11 @@ class Shared:
     fill: int
     seed: int | None
 
+    @property
+    def reads_sequences(self) -> bool:
+        """Whether anybody looks at the tokens of whole sequences."""
+        return bool(self.processors) or bool(self.stopping.criteria)
+
     def process(self, sequences: Tensor, scores: Tensor) -> Tensor:
         """What the processors make of `scores`, float32[rows, vocab], which they may write into.
 

@@ -29,10 +29,12 @@ class Stops:
     Attributes:
         finished: bool[rows], the sequence ends with this token.
         stopped: bool[rows], a stop string or criterion was met; None if the request has none.
+        none: whether it is known without looking that no sequence ends.
     """
 
     finished: Tensor
     stopped: Tensor | None
+    none: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,17 +53,24 @@ class Stopping:
     max_length: int
     criteria: tuple[Criterion, ...]
 
-    def check(self, sequences: Tensor) -> Stops:
-        """Which of `sequences`, int64[rows, length], end with their last token. Changes nothing."""
-        rows, length = sequences.shape
-        finished = torch.full((rows,), length >= self.max_length, device=sequences.device)
-        if self.eos is not None:
-            finished = finished | torch.isin(sequences[:, -1], self.eos)
+    def check(self, tokens: Tensor, *, length: int, sequences: Callable[[], Tensor]) -> Stops:
+        """Which sequences end with their last token, int64[rows]. Changes nothing.
+
+        Args:
+            length: of the sequences, that token included.
+            sequences: int64[rows, length], which are asked for only if there are criteria.
+        """
+        if length >= self.max_length or self.eos is None:
+            finished = torch.full(tokens.shape, length >= self.max_length, device=tokens.device)
+        else:
+            finished = torch.isin(tokens, self.eos)
         if not self.criteria:
-            return Stops(finished, None)
+            known = length < self.max_length and self.eos is None
+            # On the CPU looking means no waiting.
+            return Stops(finished, None, none=known or (finished.device.type == "cpu" and not bool(finished.any())))
         stopped = torch.zeros_like(finished)
         for criterion in self.criteria:
-            stopped = stopped | _as_rows(criterion(sequences, None), stopped)
+            stopped = stopped | _as_rows(criterion(sequences(), None), stopped)
         return Stops(finished | stopped, stopped)
 
     def reason(self, last_token: int, stopped: bool) -> FinishReason:

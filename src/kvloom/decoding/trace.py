@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvloom.decoding.base import TopLogprobs
 from kvloom.decoding.logprobs import Logprobs
+from kvloom.native import Absent, Library
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,18 @@ class Observer:
         output_logits: whether to keep the logits themselves.
         mend: report NaN and infinite logits as `remove_invalid_values` lets the decoder see them.
         output_scores: whether to keep what the processors make of the logits.
+        library: whose kernels look at them; by default the process's.
     """
 
     top_logprobs: int = 0
     output_logits: bool = False
     mend: bool = False
     output_scores: bool = False
+    library: Library | Absent | None = None
 
     def logprobs(self, logits: Tensor) -> Logprobs:
         """The log-softmax of `logits`, float[rows, vocab], before any processor."""
-        return Logprobs(torch.nan_to_num(logits.float(), nan=0.0) if self.mend else logits)
+        return Logprobs(torch.nan_to_num(logits.float(), nan=0.0) if self.mend else logits, self.library)
 
     def extras(self, logits: Tensor, logprobs: Logprobs, scores: Tensor | None) -> Extras:
         """What to keep of a step; copies, as the engine may reuse its buffer."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from kvloom.cache import KVCache
 from kvloom.cache.retention import Retention
-from kvloom.engine.holding import Holding, Holdings
+from kvloom.engine.holding import Holding, Holdings, is_current
 from kvloom.engine.planner import request_blocks, shares_prompt
 from kvloom.errors import CacheFull
 from kvloom.models import Binding, Source
@@ -43,6 +43,8 @@ class Admission:
         retention: Retention | None = None,
     ) -> Blocks:
         """The most blocks that a request can come to hold beyond those of its context."""
+        if context is not None and not is_current(context, self._binding):
+            context = None  # its tokens will be computed anew
         need = request_blocks(
             self._binding,
             self._cache.layout,

@@ -13,7 +13,7 @@ from kvloom.cache.retention import Retention
 from kvloom.cache.snapshot import Origin, open_snapshot
 from kvloom.engine.foreign import Pair
 from kvloom.engine.guard import Guard
-from kvloom.engine.holding import Holding, Restored
+from kvloom.engine.holding import Holding, Restored, is_current
 from kvloom.engine.keeping import Keeping
 from kvloom.engine.queue import Requests
 from kvloom.engine.scoring import CachedScorer, Scored, score_uncached
@@ -157,7 +157,7 @@ class Contexts:
         """Write a context into a file; tokens of which no keys and values are held any more are computed first."""
         with self._guard.working(new=True):
             origin, beside = self._origin(), beside_of(source, media)
-            if holding is not None and holding.cached is not None:
+            if holding is not None and is_current(holding, self._binding):
                 self._kept.rows.save(holding, token_ids, path, origin, beside)
                 return
             _, computed = self.compute(list(token_ids), source=source, media=media)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvloom.cache import CachedSequence, KVCache
-from kvloom.models.binding import Regime
+from kvloom.models.binding import Binding, Regime
 from kvloom.models.media import Media
 from kvloom.models.source import Source
 
@@ -34,6 +34,11 @@ class Restored:
     holding: Holding
     source: Source | None
     media: Media | None
+
+
+def is_current(holding: Holding, binding: Binding) -> bool:
+    """Whether the model still is the one that computed a holding's tables; False if there are none."""
+    return holding.cached is not None and holding.cached.key.startswith(binding.fingerprint())
 
 
 class Holdings:

@@ -19,5 +19,5 @@ def note_peaks(cache: KVCache, requests: Iterable[Request]) -> None:
             held = cache.blocks_held(rows)
             before = request.peak_by_group or held
             request.peak_by_group = tuple(max(pair) for pair in zip(before, held, strict=True))
-            request.peak_bytes = max(request.peak_bytes, cache.bytes_held(rows))
+            request.peak_bytes = max(request.peak_bytes, cache.bytes_of(held, cache.open_blocks_held(rows)))
         request.dropped_tokens = max([request.dropped_tokens, *(dropped_tokens(cache, row) for row in rows)])

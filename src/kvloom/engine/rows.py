@@ -61,8 +61,8 @@ class CachedRows:
             retention: the policy that it is under, that of the context if this is under one.
         """
         regime = self._binding.regime(len(token_ids) if becomes is None else becomes)
-        cached = self._continued(token_ids, context, regime, logits_of, retention)
-        row = Row(token_ids, cached, regime, source=source, media=media)
+        row = Row(token_ids, None, regime, source=source, media=media)
+        row.cached = self._continued(row, context, logits_of, retention)
         if row.cached is None:
             reusable = _reusable(len(token_ids), logits_of, retention)
             self._open_tables(row, token_ids[: reusable + 1])
@@ -71,18 +71,13 @@ class CachedRows:
         return row
 
     def _continued(
-        self,
-        token_ids: list[int],
-        context: Holding | None,
-        regime: Regime,
-        logits_of: int,
-        retention: Retention | None,
+        self, row: Row, context: Holding | None, logits_of: int, retention: Retention | None
     ) -> CachedSequence | None:
         """A fork of a context's tables; None if they cannot serve."""
-        if context is None or context.cached is None or context.regime != regime:
+        if context is None or context.cached is None or context.cached.key != self._key(row.regime, row.source):
             return None
         begins = retention if context.cached.retained is None else None
-        reusable = _reusable(len(token_ids), logits_of, begins)
+        reusable = _reusable(len(row.token_ids), logits_of, begins)
         # What is computed again is computed from the start of its block, as if nothing had been sealed yet.
         length = self._cache.unsealed_length(context.cached, min(reusable, context.cached.tokens))
         return self._cut(context.cached, length)
@@ -112,7 +107,7 @@ class CachedRows:
     def remember(self, row: Row) -> None:
         """Put a row's full blocks into the prefix index."""
         if row.cached is not None:
-            self._cache.remember(row.cached, row.token_ids, extra_key=self._extra_key(row), marks=_marks(row))
+            self._cache.remember(row.cached, row.token_ids, extra_key=row.cached.key, marks=_marks(row))
 
     def hold(self, row: Row, *, claimed: bool) -> Holding:
         """Keep a row's tables; the row has none afterwards."""
@@ -173,6 +168,7 @@ class CachedRows:
         try:
             snapshot.load(self._cache, cached)
             row.source, row.media = self._read_beside(snapshot, placements)
+            cached.key = self._key(row.regime, row.source)
             if row.source is not None:
                 remember_source(self._cache, cached, self._binding.fingerprint() + row.source.key)
             self.remember(row)
@@ -207,9 +203,11 @@ class CachedRows:
         store, tokens, device = self._cache.store, pairs[0][0].shape[1], self._binding.device
         if not isinstance(store, Store):
             raise InvalidRequest("an int8 cache takes over no keys and values. Attach with `codec='native'`.")
-        cached = self._with_room(lambda: self._cache.place(placements, tokens=tokens))
+        regime = self._binding.regime(tokens)
+        key = self._key(regime)
+        cached = self._with_room(lambda: self._cache.place(placements, tokens=tokens, extra_key=key))
         cached.foreign = True
-        row = Row(token_ids, cached, self._binding.regime(tokens))
+        row = Row(token_ids, cached, regime)
         try:
             for layer, group in enumerate(self._cache.layout.group_of_layer):
                 table = cached.tables[group]
@@ -279,7 +277,7 @@ class CachedRows:
 
     def _open_tables(self, row: Row, token_ids: list[int]) -> None:
         """Give a row tables that hold the longest known prefix of `token_ids`, and its source."""
-        row.cached = self._cache.open(token_ids, extra_key=self._extra_key(row), marks=_marks(row))
+        row.cached = self._cache.open(token_ids, extra_key=self._key(row.regime, row.source), marks=_marks(row))
         if row.source is not None:
             try:
                 row.encoded += self._encode(row.cached, row.source)
@@ -297,10 +295,10 @@ class CachedRows:
         remember_source(self._cache, cached, key)
         return source.tokens
 
-    def _extra_key(self, row: Row) -> bytes:
-        """What a row's keys and values depend on besides its tokens."""
-        source = b"" if row.source is None else row.source.key
-        return self._binding.fingerprint() + repr((row.regime, self._cache.layout.codec)).encode() + source
+    def _key(self, regime: Regime, source: Source | None = None) -> bytes:
+        """What keys and values that are computed now depend on besides tokens."""
+        from_source = b"" if source is None else source.key
+        return self._binding.fingerprint() + repr((regime, self._cache.layout.codec)).encode() + from_source
 
     def _cut(self, cached: CachedSequence, tokens: int) -> CachedSequence | None:
         """A fork of the first `tokens` tokens; None if a window has let go of what it would need."""

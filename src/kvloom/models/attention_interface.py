@@ -7,6 +7,7 @@ the model is as its owner left it, so the owner's own calls give the same bits a
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -120,6 +121,7 @@ class AttentionInterfaceBinding(HostedModel):
         self._layer_of = {call.module: index for index, call in enumerate(self.calls)}
         self._group_of_layer: tuple[int, ...] | None = None
         self._turns: tuple[Turn | None, ...] | None = None
+        self._seen_store: tuple[weakref.ref[AnyStore], NativeAttention | None, bool] | None = None
         if takes_images(model):
             self.vision = Vision(model)
             self.showing = Showing(model, self.vision, self.fingerprint)
@@ -151,13 +153,23 @@ class AttentionInterfaceBinding(HostedModel):
                 self.native is None
                 or any(media)
                 or not isinstance(store, Store)
-                or not _is_plain(plan, store, self.dtype)
+                or not self._kernels_for(store)[1]
+                or any(group.retains for group in plan.groups)  # that goes through the modules' attention
             ):
                 return self.forward_by_modules(token_ids, plan, store, regime=regime, media=media)
             if (whole := self.native.whole()) is not None:
                 return whole.forward(token_ids, plan, store)
             with self.native.layers(plan, store):
                 return self.forward_by_modules(token_ids, plan, store, regime=regime)
+
+    def _kernels_for(self, store: AnyStore) -> tuple[NativeAttention | None, bool]:
+        """The kernels that attend in a store, and whether it is all that a native model needs to know of it."""
+        if self._seen_store is None or self._seen_store[0]() is not store:
+            kernels = kernels_for(store)
+            own = isinstance(store, Store) and store.keys[0].dtype == self.dtype
+            plain = kernels is not None and own and all(bounds is None for bounds in store.bounds)
+            self._seen_store = weakref.ref(store), kernels, plain
+        return self._seen_store[1:]
 
     @torch.no_grad()
     def forward_by_modules(
@@ -166,8 +178,7 @@ class AttentionInterfaceBinding(HostedModel):
         """The same by the model's modules, but for their attention and their packed linear layers."""
         if self._group_of_layer is None:
             self._group_of_layer = store.layout.group_of_layer
-        kernels = kernels_for(store)
-        step = _Step(kernels, plan, store, self._layer_of, self._group_of_layer, self._turns)
+        step = _Step(self._kernels_for(store)[0], plan, store, self._layer_of, self._group_of_layer, self._turns)
         inputs_of = self._step_inputs(token_ids, plan, media)
         with (
             self._lock,
@@ -305,19 +316,6 @@ class AttentionInterfaceBinding(HostedModel):
         finally:
             for config, own in zip(self._configs, saved, strict=True):
                 config._attn_implementation_internal = own
-
-
-def _is_plain(plan: Plan, store: Store, dtype: torch.dtype) -> bool:
-    """Whether a step does nothing but write keys and values and attend to all that the tables hold.
-
-    What retention policies hide, turn or observe goes through the modules' attention.
-    """
-    return (
-        kernels_for(store) is not None
-        and store.keys[0].dtype == dtype
-        and not any(group.retains for group in plan.groups)
-        and all(bounds is None for bounds in store.bounds)
-    )
 
 
 def _configs_of(model: PreTrainedModel, text_config: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Weights that lie in a mapping of their checkpoint's file, as safetensors reads them, and their resident pages."""
+"""Memory that is given back to the system: pages of a checkpoint's file, as safetensors maps it, and freed memory."""
 
 from __future__ import annotations
 
@@ -38,3 +38,10 @@ def drop_pages(tensor: Tensor, files: list[Range]) -> None:
         # A failure only means that the pages stay.
         libc = ctypes.CDLL(None, use_errno=True)
         libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+
+
+def give_back_freed() -> None:
+    """Hand back what was freed and the C library keeps for later, where it is one that can be asked to."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))

@@ -11,9 +11,10 @@ A model whose windows are longer than the check is checked on a copy with small 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -39,14 +40,23 @@ SOURCE_TOKENS = (13, 6)
 """Of the two sources of an encoder-decoder model: neither is a number of whole blocks."""
 SMALL_WINDOW = 8
 BLOCK_TOKENS = 4
-LOGITS = "the logits"
+CHECKED_LOGITS = 4
+"""Of so many last tokens of each chunk logits are compared: a row of them may be larger than all that its token brings
+into and out of all layers."""
+COMPARED_ROWS = 4
 
 
 @dataclass(frozen=True)
 class _Trace:
-    """What each token of one sequence brought into and out of each attention layer, and its logits, in that order."""
+    """What each token of one sequence brought into and out of each attention layer, and the logits of some.
 
-    rows: dict[str, Tensor]  # what it is -> [tokens, hidden]
+    Attributes:
+        rows: by what it is, [tokens, hidden].
+        logits: [checked, vocab], of the last tokens of each chunk.
+    """
+
+    rows: dict[str, Tensor]
+    logits: Tensor
 
 
 class Provable(Binding, Protocol):
@@ -93,21 +103,37 @@ def compare_runs(binding: Provable, sequences: list[CheckedSequence], *, regime:
     Raises:
         AttachMismatch: with the first layer that differs beyond the tolerance.
     """
-    own = [_run_uncached(binding, sequence, regime) for sequence in sequences]
+    checked = _checked_positions(sequences, chunk)
+    own = [_run_uncached(binding, *each, regime) for each in zip(sequences, checked, strict=True)]
     cached = _run_cached(binding, sequences, own, chunk)
-    return max(_compare(binding, *traces) for traces in zip(own, cached, strict=True))
+    return max(_compare(binding, *each) for each in zip(own, cached, checked, strict=True))
+
+
+def _checked_positions(sequences: list[CheckedSequence], chunk: int) -> list[list[int]]:
+    """Of each sequence, where logits are compared: at the last tokens of each chunk of the schedule."""
+    prompts = [len(own.token_ids) - DECODED_TOKENS for own in sequences]
+    chunks = [(chunk, prompts[0] - chunk), (prompts[1],), (chunk, prompts[2] - chunk)]
+    found = []
+    for own in chunks:
+        counts = [*own, *[1] * DECODED_TOKENS]
+        ends = zip(accumulate(counts), counts, strict=True)
+        found.append([at for end, count in ends for at in range(end - min(count, CHECKED_LOGITS), end)])
+    return found
 
 
 def check_bytes(binding: HostedModel) -> int:
     """About how much memory `prove` takes besides weights: all that it records, and one comparison of logits.
 
-    Each layer's input and output and the logits are recorded for every token of three sequences, without the cache
-    and on it; a comparison takes both to float32 and makes their difference and its square.
+    Each layer's input and output is recorded for every token of three sequences, without the cache and on it, and
+    logits of some; the model's own forward gives those of a whole sequence.
     """
     tokens = CHECK_TOKENS if binding.max_tokens is None else min(CHECK_TOKENS, binding.max_tokens)
     hidden = int(binding.model.get_input_embeddings().weight.shape[-1])
-    recorded = 2 * (2 * tokens + tokens // 2) * (2 * hidden * len(binding.calls) + binding.vocab_size)
-    return recorded * binding.dtype.itemsize + 4 * tokens * binding.vocab_size * torch.float32.itemsize
+    lengths = (tokens, tokens // 2, tokens)
+    rows = 2 * sum(lengths) * 2 * hidden * len(binding.calls)
+    sequences = [CheckedSequence([0] * length) for length in lengths]
+    checked = 2 * sum(map(len, _checked_positions(sequences, tokens // 2 + 1)))
+    return (rows + (checked + tokens) * binding.vocab_size) * binding.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -162,6 +188,7 @@ class _Runner:
         self._own = own
         self._regime = binding.regime(len(sequences[0].token_ids))
         self._rows: list[dict[str, list[Tensor]]] = [{} for _ in sequences]
+        self._logits: list[list[Tensor]] = [[] for _ in sequences]
 
     def open(self, index: int) -> CachedSequence:
         """An empty sequence, whose source is encoded."""
@@ -174,7 +201,8 @@ class _Runner:
 
     def step(self, requests: list[tuple[int, CachedSequence, int]]) -> None:
         extension = self._cache.extend([(sequence, count) for _, sequence, count in requests])
-        plan = build_plan(self._cache, extension, logits=[count for *_, count in requests], device=self._binding.device)
+        logits_of = [min(count, CHECKED_LOGITS) for *_, count in requests]
+        plan = build_plan(self._cache, extension, logits=logits_of, device=self._binding.device)
         new = [(index, slice(sequence.tokens - count, sequence.tokens)) for index, sequence, count in requests]
         token_ids = [token for index, tokens in new for token in self._sequences[index].token_ids[tokens]]
         own = {
@@ -182,7 +210,7 @@ class _Runner:
             for name in self._own[0].rows
         }
         with _recorded(self._binding, own, self._binding.run_order(plan)) as rows:
-            rows[LOGITS] = self._binding.forward(
+            logits = self._binding.forward(
                 torch.tensor(token_ids, device=self._binding.device),
                 plan,
                 self._cache.store,
@@ -191,24 +219,28 @@ class _Runner:
             )
         self._cache.commit(extension)
         first = 0
-        for index, _, count in requests:
+        for (index, _, count), own_logits in zip(requests, torch.split(logits, logits_of), strict=True):
+            self._logits[index].append(own_logits)
             for name, own_rows in rows.items():
                 self._rows[index].setdefault(name, []).append(own_rows[first : first + count])
             first += count
 
     def copy_trace(self, *, source: int, target: int) -> None:
         self._rows[target] = {name: list(rows) for name, rows in self._rows[source].items()}
+        self._logits[target] = list(self._logits[source])
 
     def traces(self) -> list[_Trace]:
-        return [_Trace({name: torch.cat(parts) for name, parts in rows.items()}) for rows in self._rows]
+        return [
+            _Trace({name: torch.cat(parts) for name, parts in rows.items()}, torch.cat(logits))
+            for rows, logits in zip(self._rows, self._logits, strict=True)
+        ]
 
 
-def _run_uncached(binding: Provable, sequence: CheckedSequence, regime: Regime) -> _Trace:
+def _run_uncached(binding: Provable, sequence: CheckedSequence, checked: list[int], regime: Regime) -> _Trace:
     token_ids = torch.tensor([sequence.token_ids], device=binding.device)
     with _recorded(binding) as rows:
         logits = binding.forward_own(token_ids, last=None, regime=regime, source=sequence.source, media=sequence.media)
-        rows[LOGITS] = logits[0]
-    return _Trace(rows)
+    return _Trace(rows, logits[0, checked])
 
 
 @contextmanager
@@ -257,39 +289,45 @@ def _recorded(
     finally:
         for handle in handles:
             handle.remove()
-        logits = rows.pop(LOGITS, None)
         for name, parts in passes.items():
             rows[name] = torch.cat(parts)
             if order is not None:
                 rows[name] = torch.empty_like(rows[name]).index_copy_(
                     0, torch.tensor(order, device=rows[name].device), rows[name]
                 )
-        if logits is not None:
-            rows[LOGITS] = logits
 
 
-def _compare(binding: Provable, own: _Trace, cached: _Trace) -> float:
+def _compare(binding: Provable, own: _Trace, cached: _Trace, checked: Sequence[int]) -> float:
     """The largest relative error; raises at the first layer beyond the tolerance."""
     tolerance = TOLERANCE.get(binding.dtype, TOLERANCE[torch.bfloat16])
     attention = {f"`{call.name}`" for call in binding.calls}
     worst = 0.0
-    for name, expected in own.rows.items():
-        got = cached.rows[name]
+    compared = [(name, expected, cached.rows[name]) for name, expected in own.rows.items()]
+    for name, expected, got in [*compared, ("the logits", own.logits, cached.logits)]:
         if got.shape != expected.shape:
             raise AttachMismatch(f"{name} is {tuple(got.shape)} on the cache and {tuple(expected.shape)} without it.")
-        norm = expected.float().norm(dim=-1).clamp_min(1e-12)
-        errors = (got.float() - expected.float()).norm(dim=-1) / norm
+        errors = _relative_errors(got, expected)
         strict = name in attention or binding.dtype in (torch.float32, torch.float64)
         error = float(errors.max() if strict else _error_but_for_ties(errors))
         if not error <= tolerance:
             row = int(errors.nan_to_num(nan=torch.inf).argmax())
+            position = checked[row] if expected is own.logits else row
             raise AttachMismatch(
                 f"cached output differs from the model's own, first in {name}: relative error {error:.2g} "
-                f"(largest at position {row}), tolerance {tolerance:.2g} for {binding.dtype}. "
+                f"(largest at position {position}), tolerance {tolerance:.2g} for {binding.dtype}. "
                 "The model is not decoded on the cache rather than decoded wrongly."
             )
         worst = max(worst, error)
     return worst
+
+
+def _relative_errors(got: Tensor, expected: Tensor) -> Tensor:
+    """float32[rows]; of a few rows at a time, because one of logits may be large."""
+    errors = []
+    for mine, theirs in zip(torch.split(got, COMPARED_ROWS), torch.split(expected, COMPARED_ROWS), strict=True):
+        wide = theirs.float()
+        errors.append((mine.float() - wide).norm(dim=-1) / wide.norm(dim=-1).clamp_min(1e-12))
+    return torch.cat(errors)
 
 
 def _error_but_for_ties(errors: Tensor) -> Tensor:

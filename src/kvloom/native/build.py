@@ -139,7 +139,7 @@ def build(target: str, sources: Path = SOURCES) -> Path:
     """The shared library for a name in `TARGETS`, compiled if this machine has not compiled it before.
 
     Raises:
-        BuildError: there is no compiler, it fails, or the CPU lacks what the target needs.
+        BuildError: there is no compiler, it fails, the disk is full, or the CPU lacks what the target needs.
     """
     chosen = TARGETS.get(target)
     if chosen is None:
@@ -154,14 +154,19 @@ def build(target: str, sources: Path = SOURCES) -> Path:
             return folder / name
     for folder in folders:
         if _is_writable(folder):
-            return _build_in(folder, name, compiler, chosen.flags, sorted(sources.glob("*.cpp")))
+            try:
+                return _build_in(folder, name, compiler, chosen.flags, sources)
+            except OSError as error:
+                raise BuildError(f"{folder} cannot take the kernels: {error.strerror or error}") from error
     raise BuildError(f"neither {folders[0]} nor {folders[1]} can be written")
 
 
-def _build_in(folder: Path, name: str, compiler: Compiler, flags: tuple[str, ...], sources: list[Path]) -> Path:
+def _build_in(folder: Path, name: str, compiler: Compiler, flags: tuple[str, ...], sources: Path) -> Path:
+    """Compile the files side by side, the longest first: they take longest, and the last one is waited for."""
+    files = sorted(sources.glob("*.cpp"), key=lambda file: (-file.stat().st_size, file.name))
     with tempfile.TemporaryDirectory(prefix="building-", dir=folder) as aside, ThreadPoolExecutor() as pool:
-        objects = [Path(aside) / f"{source.stem}.o" for source in sources]
-        list(pool.map(compiler.compile, repeat(flags), sources, objects))
+        objects = [Path(aside) / f"{file.stem}.o" for file in files]
+        list(pool.map(compiler.compile, repeat(flags), files, objects))
         compiler.link(objects, Path(aside) / name)
         os.replace(Path(aside) / name, folder / name)
     return folder / name

@@ -81,13 +81,27 @@ def _native(wanted: str) -> Library | Absent:
         return Absent(str(error))
 
 
-@cache
 def load(target: str) -> Library:
     """The kernels for one target of `build.TARGETS`.
 
     Raises:
-        BuildError: they cannot be built or loaded; says why.
+        BuildError: they cannot be built or loaded; says why. What failed once is not tried again by this process.
     """
+    found = _outcome(target)
+    if isinstance(found, Library):
+        return found
+    raise BuildError(str(found))
+
+
+@cache
+def _outcome(target: str) -> Library | BuildError:
+    try:
+        return _load(target)
+    except BuildError as error:
+        return error
+
+
+def _load(target: str) -> Library:
     path = build(target)
     try:
         functions = ctypes.CDLL(str(path))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvloom.native.library import Library, native
+from kvloom.native.library import Absent, Library, native
 from kvloom.native.linear import DTYPES
 
 
@@ -34,13 +34,12 @@ class Normalizers:
     log_sums: Tensor
 
 
-def normalizers(logits: Tensor) -> Normalizers:
-    """Of the rows of `logits`, float[rows, vocab]."""
-    if (own := _kernels(logits)) is None:
+def normalizers(logits: Tensor, library: Library | Absent | None = None) -> Normalizers:
+    """Of the rows of `logits`, float[rows, vocab]; by `library`, by default that of the process."""
+    if (own := _kernels(logits, library)) is None:
         return plain_normalizers(logits)
     rows, columns = logits.shape
-    largest, log_sums = torch.empty(2, rows).unbind()
-    where = torch.empty(rows, dtype=torch.int64)
+    largest, log_sums, where = torch.empty(rows), torch.empty(rows), torch.empty(rows, dtype=torch.int64)
     own.normalizers(
         *(DTYPES[logits.dtype], logits.data_ptr(), logits.stride(0), rows, columns),
         *(largest.data_ptr(), where.data_ptr(), log_sums.data_ptr(), torch.get_num_threads()),
@@ -55,34 +54,54 @@ def plain_normalizers(logits: Tensor) -> Normalizers:
     return Normalizers(largest, where, (wide - largest[:, None]).exp().sum(dim=-1).log())
 
 
-def best_continuations(logits: Tensor, own: Normalizers, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The best of all rows' log-probabilities plus their row's score; of equal ones the first.
+@dataclass(frozen=True)
+class Continuations:
+    """Tokens that may follow some rows, best first. All numbers are NaN if a row has no normaliser.
+
+    Attributes:
+        scores: float32[count], the row's score plus the token's log-probability.
+        rows, tokens: int64[count].
+        logprobs: float32[count].
+    """
+
+    scores: Tensor
+    rows: Tensor
+    tokens: Tensor
+    logprobs: Tensor
+
+
+def best_continuations(
+    logits: Tensor, own: Normalizers, scores: Tensor, count: int, library: Library | Absent | None = None
+) -> Continuations:
+    """The best `count` of all rows' tokens; of equal ones the first.
 
     Args:
         logits: float[rows, vocab]. own: its normalisers. scores: float32[rows].
-
-    Returns:
-        float32[count], best first, and int64[count], row * vocab + token. NaN if a row has no normaliser.
+        library: by default that of the process.
     """
     assert count <= logits.shape[1], "a row alone can fill the places"
-    if (kernels := _kernels(logits)) is None:
+    if (kernels := _kernels(logits, library)) is None:
         return plain_best_continuations(logits, own, scores, count)
     rows, columns = logits.shape
     scores = scores.contiguous()
-    best, indices = torch.empty(count), torch.empty(count, dtype=torch.int64)
+    best, logprobs = torch.empty(count), torch.empty(count)
+    best_rows, tokens = torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.int64)
     kernels.best(
         *(DTYPES[logits.dtype], logits.data_ptr(), logits.stride(0), rows, columns),
         *(own.largest.data_ptr(), own.log_sums.data_ptr(), scores.data_ptr()),
-        *(count, best.data_ptr(), indices.data_ptr(), torch.get_num_threads()),
+        *(count, best.data_ptr(), logprobs.data_ptr(), best_rows.data_ptr(), tokens.data_ptr()),
+        torch.get_num_threads(),
     )
-    return best, indices
+    return Continuations(best, best_rows, tokens, logprobs)
 
 
-def plain_best_continuations(logits: Tensor, own: Normalizers, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def plain_best_continuations(logits: Tensor, own: Normalizers, scores: Tensor, count: int) -> Continuations:
     """The same by PyTorch's operators, but for the order of equal ones, of which PyTorch says nothing."""
     logprobs = (logits.float() - own.largest[:, None]) - own.log_sums[:, None]
     best = (logprobs + scores[:, None]).reshape(-1).topk(count)
-    return best.values, best.indices
+    rows, tokens = best.indices // logits.shape[1], best.indices % logits.shape[1]
+    known = logprobs[rows, tokens].where(~best.values.isnan(), torch.nan)
+    return Continuations(best.values, rows, tokens, known)
 
 
 @dataclass(frozen=True)
@@ -91,10 +110,11 @@ class _Kernels:
     best: Any
 
 
-def _kernels(logits: Tensor) -> _Kernels | None:
+def _kernels(logits: Tensor, library: Library | Absent | None) -> _Kernels | None:
     """The compiled functions, if they take these logits."""
-    library = native()
-    if not isinstance(library, Library) or type(logits) is not Tensor or logits.device.type != "cpu":
+    if type(logits) is not Tensor or logits.device.type != "cpu":
+        return None
+    if not isinstance(library := native() if library is None else library, Library):
         return None
     return _bound(library) if logits.dtype in library.dtypes and logits.stride(1) == 1 else None
 
@@ -104,11 +124,12 @@ def _bound(library: Library) -> _Kernels:
     rows = (c_int, c_void_p, c_int64, c_int64, c_int64)
     return _Kernels(
         normalizers=library.function("kvloom_normalizers", *rows, c_void_p, c_void_p, c_void_p, c_int),
-        best=library.function("kvloom_best", *rows, *(c_void_p,) * 3, c_int64, c_void_p, c_void_p, c_int),
+        best=library.function("kvloom_best", *rows, *(c_void_p,) * 3, c_int64, *(c_void_p,) * 4, c_int),
     )
 
 
 __all__ = [
+    "Continuations",
     "Normalizers",
     "best_continuations",
     "normalizers",

@@ -119,11 +119,12 @@ KVLOOM_EXPORT void kvloom_normalizers(int dtype, const void* logits, std::int64_
     });
 }
 
-// The best `count` of all ((logits - largest) - log_sums) + scores, the best first, and of equal ones the first. Their
-// index is row * columns + column. Where a row has no normaliser, all are NaN.
+// The best `count` of all ((logits - largest) - log_sums) + scores, the best first, and of equal ones the first: their
+// rows and columns, and the logarithms without the score. Where a row has no normaliser, all are NaN.
 KVLOOM_EXPORT void kvloom_best(int dtype, const void* logits, std::int64_t row_stride, std::int64_t rows,
                                std::int64_t columns, const float* largest, const float* log_sums, const float* scores,
-                               std::int64_t count, float* best_scores, std::int64_t* best_indices, int threads) {
+                               std::int64_t count, float* best_scores, float* best_logs, std::int64_t* best_rows,
+                               std::int64_t* best_columns, int threads) {
     std::vector<std::vector<Candidate>> best(static_cast<std::size_t>(rows));
     with_type(dtype, [&](auto* type) {
         using Element = std::remove_pointer_t<decltype(type)>;
@@ -132,6 +133,7 @@ KVLOOM_EXPORT void kvloom_best(int dtype, const void* logits, std::int64_t row_s
             best_of_row(static_cast<const Element*>(logits) + row * row_stride, columns, largest[row], log_sums[row],
                         scores[row], std::size_t(count), row * columns, best[std::size_t(row)]);
     });
+    constexpr float none = std::numeric_limits<float>::quiet_NaN();
     std::vector<Candidate> merged;
     bool numbers = true;
     for (std::int64_t row = 0; row < rows; ++row) {
@@ -139,8 +141,14 @@ KVLOOM_EXPORT void kvloom_best(int dtype, const void* logits, std::int64_t row_s
         merged.insert(merged.end(), best[std::size_t(row)].begin(), best[std::size_t(row)].end());
     }
     if (numbers) std::partial_sort(merged.begin(), merged.begin() + count, merged.end());
-    for (std::int64_t i = 0; i < count; ++i) {
-        best_scores[i] = numbers ? merged[std::size_t(i)].score : std::numeric_limits<float>::quiet_NaN();
-        best_indices[i] = numbers ? merged[std::size_t(i)].index : 0;
-    }
+    with_type(dtype, [&](auto* type) {
+        using Element = std::remove_pointer_t<decltype(type)>;
+        for (std::int64_t i = 0; i < count; ++i) {
+            const std::int64_t index = numbers ? merged[std::size_t(i)].index : 0;
+            const std::int64_t row = best_rows[i] = index / columns, column = best_columns[i] = index % columns;
+            const float x = to_float(static_cast<const Element*>(logits)[row * row_stride + column]);
+            best_scores[i] = numbers ? merged[std::size_t(i)].score : none;
+            best_logs[i] = numbers ? (x - largest[row]) - log_sums[row] : none;
+        }
+    });
 }
