@@ -20,6 +20,7 @@ from kvloom.attention.schedule import Schedule
 from kvloom.attention.sealed_spans import SealedSpans
 from kvloom.attention.source import Source
 from kvloom.attention.spans import Span, SpanBuilder, as_tensor
+from kvloom.attention.views import Views, Wanted
 from kvloom.cache import CachedSequence, Extension, KVCache, Landing, Reach, Written
 from kvloom.cache.landing import land
 
@@ -79,11 +80,13 @@ class Plan:
         positions: int64[tokens], logical positions of the ragged row.
         logit_rows: int64[n], the rows whose logits are wanted.
         groups: one plan for each layer group.
+        views: collects what the step shows to those who look inside; None if nobody does.
     """
 
     positions: Tensor
     logit_rows: Tensor
     groups: tuple[GroupPlan, ...]
+    views: Views | None = None
 
     @property
     def tokens(self) -> int:
@@ -92,18 +95,24 @@ class Plan:
 
 
 def build_plan(
-    cache: KVCache, extension: Extension, *, logits: Sequence[int], device: torch.device | str = "cpu"
+    cache: KVCache,
+    extension: Extension,
+    *,
+    logits: Sequence[int],
+    device: torch.device | str = "cpu",
+    wanted: Sequence[Wanted | None] = (),
 ) -> Plan:
     """Plan the step that an extension has made room for.
 
     Args:
         logits: for each sequence, of how many of its last new tokens logits are wanted; 0 for none.
+        wanted: for each sequence, what is to be seen of its new tokens; may be left out if nothing is.
     """
     counts = np.array(extension.counts, dtype=np.int64)
     first_rows = np.cumsum(counts) - counts
     first_positions = np.array([s.tokens for s in extension.sequences], dtype=np.int64) - counts
     positions = np.repeat(first_positions - first_rows, counts) + np.arange(int(counts.sum()))
-    wanted = [np.arange(end - n, end) for end, n in zip(first_rows + counts, logits, strict=True)]
+    rows = [np.arange(end - n, end) for end, n in zip(first_rows + counts, logits, strict=True)]
     groups = []
     for index, group in enumerate(cache.groups):
         reach = group.group.reach
@@ -123,7 +132,8 @@ def build_plan(
                 observation=_observation(extension.sequences, sources, reach),
             )
         )
-    return Plan(as_tensor(positions, device), as_tensor(np.concatenate(wanted), device), tuple(groups))
+    views = Views(wanted) if any(wanted) else None
+    return Plan(as_tensor(positions, device), as_tensor(np.concatenate(rows), device), tuple(groups), views)
 
 
 def _source(

@@ -15,6 +15,7 @@ from kvloom.calls import Asked
 from kvloom.decoding import Options
 from kvloom.decoding.option_checks import CHECKS
 from kvloom.decoding.refusals import REFUSED
+from kvloom.dropin.inside import shown_by
 from kvloom.dropin.outputs import Output, output_of, sequences_of
 from kvloom.dropin.padding import Batch, read_batch
 from kvloom.dropin.past import begin_with, carried_on
@@ -84,12 +85,15 @@ def generate(
     batch = read_batch(inputs, attention_mask, options, device=lm.binding.device)
     as_dict = _flag("return_dict_in_generate", arguments, generation_config, lm.generation_config)
     options = _counted(options, batch, as_dict)
-    asked = replace(asked, context=begin_with(past, lm, batch, options))
+    # Without a cache transformers runs, and shows, whole sequences at each step.
+    asked = replace(asked, context=begin_with(past, lm, batch, options), every_row=not options.use_cache)
     requests = _requests(lm, batch, asked, options, prefix_allowed_tokens_fn)
     generations = _run(lm, batch, requests, streamer)
     past = None if past is None else carried_on(past, generations[0].context)
     decoders = [request.decoder for request in requests]
-    return output_of(batch, decoders, options, past) if as_dict else sequences_of(batch, decoders)
+    if not as_dict:
+        return sequences_of(batch, decoders)
+    return output_of(batch, decoders, options, shown_by(batch, requests, lm), past)
 
 
 def _one_of(inputs: Tensor | None, input_ids: Tensor | None) -> Tensor | None:
@@ -133,6 +137,8 @@ def _counted(options: Options, batch: Batch, as_dict: bool) -> Options:
         min_new_tokens=least if least > 0 else None,
         output_scores=options.output_scores and as_dict,
         output_logits=options.output_logits and as_dict,
+        output_attentions=options.output_attentions and as_dict,
+        output_hidden_states=options.output_hidden_states and as_dict,
     )
 
 

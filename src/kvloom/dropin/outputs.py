@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
 from kvloom.decoding import BeamSearch, Decoder, Hypothesis, Options
+from kvloom.dropin.inside import Shown
 from kvloom.dropin.padding import Batch
 
 Output: TypeAlias = GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput
@@ -23,22 +24,28 @@ def sequences_of(batch: Batch, decoders: Sequence[Decoder]) -> Tensor:
     return batch.followed_by(generated, decoders[0].fill)
 
 
-def output_of(batch: Batch, decoders: Sequence[Decoder], options: Options, past: DynamicCache | None) -> Output:
+def output_of(
+    batch: Batch, decoders: Sequence[Decoder], options: Options, shown: Shown, past: DynamicCache | None
+) -> Output:
     """The output class that transformers returns for such a call, with what was asked to be kept."""
     sequences = sequences_of(batch, decoders)
     beams = [decoder for decoder in decoders if isinstance(decoder, BeamSearch)]
     if beams:
-        return _of_beams(sequences, beams, options)
+        return _of_beams(sequences, beams, options, shown)
     hypotheses = [found for decoder in decoders for found in decoder.results()]
     return GenerateDecoderOnlyOutput(
         sequences=sequences,
         scores=_steps([_kept(found.scores) for found in hypotheses]) if options.output_scores else None,
         logits=_steps([_kept(found.logits) for found in hypotheses]) if options.output_logits else None,
+        attentions=shown.attentions,
+        hidden_states=shown.hidden_states,
         past_key_values=past,
     )
 
 
-def _of_beams(sequences: Tensor, searches: list[BeamSearch], options: Options) -> GenerateBeamDecoderOnlyOutput:
+def _of_beams(
+    sequences: Tensor, searches: list[BeamSearch], options: Options, shown: Shown
+) -> GenerateBeamDecoderOnlyOutput:
     hypotheses = [found for search in searches for found in search.results()]
     seen = [search.rows_seen() for search in searches]
     scores = [found.score for found in hypotheses]
@@ -48,6 +55,8 @@ def _of_beams(sequences: Tensor, searches: list[BeamSearch], options: Options) -
         scores=_steps([torch.stack(own.scores) for own in seen]) if options.output_scores else None,
         logits=_steps([torch.stack(own.logits) for own in seen]) if options.output_logits else None,
         beam_indices=_beam_indices(hypotheses, options).to(sequences.device),
+        attentions=shown.attentions,
+        hidden_states=shown.hidden_states,
     )
 
 
@@ -66,7 +75,7 @@ def _beam_indices(hypotheses: list[Hypothesis], options: Options) -> Tensor:
     own = []
     for index, found in enumerate(hypotheses):
         first = index // options.num_return_sequences * options.num_beams
-        own.append(torch.tensor([first + beam for beam in found.beams or ()], dtype=torch.int32))
+        own.append(torch.tensor([first + beam for beam in found.rows], dtype=torch.int32))
     return pad_sequence(own, batch_first=True, padding_value=-1)
 
 

@@ -22,6 +22,7 @@ from kvloom.cache.retention import Retention
 from kvloom.cache.snapshot import Origin, SnapshotReader, as_regime, write_snapshot
 from kvloom.engine.foreign import Pair
 from kvloom.engine.holding import Holding, Holdings
+from kvloom.engine.looking import note_views
 from kvloom.engine.request import Row
 from kvloom.engine.retaining import begin, retain
 from kvloom.errors import CacheFull, InvalidRequest
@@ -211,7 +212,9 @@ class CachedRows:
         """
         extension = self._extend(work)
         try:
-            plan = build_plan(self._cache, extension, logits=logits, device=self._binding.device)
+            looks = [row.look for row, _ in work]
+            wanted = [None if look is None else look.wanted for look in looks]
+            plan = build_plan(self._cache, extension, logits=logits, device=self._binding.device, wanted=wanted)
             token_ids = [token for row, count in work for token in row.token_ids[row.computed - count : row.computed]]
             result = self._binding.forward(
                 torch.tensor(token_ids, device=self._binding.device),
@@ -231,6 +234,7 @@ class CachedRows:
         if on_held is not None:
             on_held()
         retain(self._cache, extension.sequences, plan)
+        note_views(plan, looks)
         return result
 
     def _extend(self, work: Sequence[tuple[Row, int]]) -> Extension:

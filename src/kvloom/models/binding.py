@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvloom.attention import Plan
+from kvloom.attention import Plan, View, Wanted
 from kvloom.attention.turn import Turn
 from kvloom.cache import AnyStore, Codec, LayerShape
 from kvloom.errors import InvalidRequest
@@ -95,10 +95,20 @@ class Binding(Protocol):
         """
         ...
 
+    def check_shows(self, wanted: Wanted) -> None:
+        """Raise `UnsupportedOption` if the model cannot show this of its inside; the message is the reason."""
+        ...
+
+    def views_of(
+        self, token_ids: Tensor, wanted: Wanted, *, source: Source | None = None, media: Media | None = None
+    ) -> list[View]:
+        """What the model's own forward shows of whole sequences, int64[batch, tokens]: a view of each."""
+        ...
+
     def forward(
         self, token_ids: Tensor, plan: Plan, store: AnyStore, *, regime: Regime, media: Sequence[Media | None] = ()
     ) -> Tensor:
-        """Run one ragged row: write its keys and values into the store, read by the plan.
+        """Run one ragged row: write its keys and values into the store, read by the plan, and fill the plan's `views`.
 
         Args:
             token_ids: int64[tokens].

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from kvloom.attention import Plan
+from kvloom.attention import Plan, Views
 from kvloom.cache import AnyStore, LayerShape, Reach, Store, in_own_dtype
 from kvloom.errors import KVLoomError, UnsupportedModel
 from kvloom.models.binding import Regime
-from kvloom.models.dense import DenseBatch, run_dense, run_order
+from kvloom.models.dense import DenseBatch, dense_batches, run_dense, run_order
 from kvloom.models.encoder import Encoded
 from kvloom.models.hosted import WINDOW_FIELDS, HostedModel
+from kvloom.models.inside import asked, views_in
 from kvloom.models.media import Media
 from kvloom.models.probe import PROBE_TOKENS, AttentionCall
 from kvloom.models.step_cache import step_cache
@@ -58,7 +59,21 @@ class CacheInterfaceBinding(HostedModel):
         """One pass for each set of rows of equal lengths; logits in the order of the plan."""
         kept = in_own_dtype(store)
         with self._lock, self._rotary.fixed(regime), self._packed():
+            if plan.views is not None:
+                self._show(token_ids, plan, plan.views, kept)
             return run_dense(plan, self.device, lambda batch: self._run(token_ids[batch.rows], batch, kept))
+
+    def _show(self, token_ids: Tensor, plan: Plan, views: Views, store: Store) -> None:
+        """Run a step to be looked at. What it writes is written again, so looking changes nothing."""
+        wanted = views.wanted
+        with self._looked_into(wanted):
+            for batch in dense_batches(plan, self.device):
+                cache = step_cache(store, self.layers, batch)
+                inputs = self._inputs(token_ids[batch.rows], batch)
+                output = self.model(**inputs, **asked(wanted), past_key_values=cache, use_cache=True)
+                lengths = batch.source_tokens
+                for index, view, tokens in zip(batch.members, views_in(output, wanted), lengths, strict=True):
+                    views.add(index, view.of_source(tokens))
 
     def windows(self) -> set[int]:
         """The limits that the configs name: the model masks by itself, and the cache keeps everything."""

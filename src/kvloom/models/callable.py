@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kvloom.attention import Plan
+from kvloom.attention import Plan, View, Wanted
 from kvloom.attention.turn import Turn
 from kvloom.cache import AnyStore, LayerShape
-from kvloom.errors import UnsupportedModel
+from kvloom.errors import UnsupportedModel, UnsupportedOption
 from kvloom.models.binding import Regime
 from kvloom.models.encoder import Encoder
 from kvloom.models.identity import Identity
@@ -70,6 +70,17 @@ class CallableBinding:
     def turns(self) -> tuple[Turn | None, ...]:
         """Refused: what a callable does with positions cannot be seen."""
         raise UnsupportedModel("a callable does not show its attention")
+
+    def check_shows(self, wanted: Wanted) -> None:
+        """Refused: a callable gives logits and nothing else."""
+        name = "output_attentions" if wanted.attentions else "output_hidden_states"
+        raise UnsupportedOption(f"`{name}` is not supported: of a callable only its logits can be seen.")
+
+    def views_of(
+        self, token_ids: Tensor, wanted: Wanted, *, source: Source | None = None, media: Media | None = None
+    ) -> list[View]:
+        """Never called: see `check_shows`."""
+        raise AssertionError("a callable shows nothing")
 
     def forward(
         self, token_ids: Tensor, plan: Plan, store: AnyStore, *, regime: Regime, media: Sequence[Media | None] = ()

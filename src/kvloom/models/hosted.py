@@ -6,21 +6,23 @@ import hashlib
 import inspect
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvloom.attention import Plan
+from kvloom.attention import Plan, View, Wanted
 from kvloom.attention.turn import Turn
 from kvloom.cache import AnyStore, LayerShape, in_own_dtype
-from kvloom.errors import UnsupportedModel
+from kvloom.errors import UnsupportedModel, UnsupportedOption
 from kvloom.models.binding import Regime
 from kvloom.models.encoder import Encoder
 from kvloom.models.identity import Identity, identify
+from kvloom.models.implementation import Implementation
+from kvloom.models.inside import asked, views_in, without_traces
 from kvloom.models.media import Media
 from kvloom.models.operations import Operation, linear_operations
 from kvloom.models.packed import PackedLinears
@@ -33,6 +35,9 @@ from kvloom.models.vision import Vision
 
 MOST_ROWS = 4_096
 """More new tokens than a step ever has."""
+
+TRIAL_TOKENS = 3
+"""Of the pass that tries whether a model shows its inside."""
 
 WINDOW_FIELDS = ("sliding_window", "attention_chunk_size", "window_size")
 """Where configs and modules keep how far back attention sees."""
@@ -66,6 +71,7 @@ class HostedModel(ABC):
         _refuse_by_config(model)
         self.encoder = Encoder(model) if model.config.is_encoder_decoder else None
         self._text_config: Any = model.config.get_text_config(decoder=True)
+        self._implementation = Implementation(model, self._text_config)
         self._rotary = RotaryRegimes(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         trial = None if self.encoder is None else self.encoder.trial_source()
@@ -73,6 +79,7 @@ class HostedModel(ABC):
         self.max_tokens = self._find_max_tokens()
         self.packed: PackedLinears | None = None
         self._identity: tuple[bytes, Identity] | None = None
+        self._shows: set[Wanted] = set()
 
     @property
     def layers(self) -> tuple[LayerShape, ...]:
@@ -200,6 +207,43 @@ class HostedModel(ABC):
         with self._lock, self._rotary.fixed(fixed), fresh_rotary_deltas(self.model), inputs_of as inputs:
             logits: Tensor = self.model(**inputs, use_cache=False, **keep).logits
         return logits if last is None else logits[:, -last:]
+
+    @torch.no_grad()
+    def views_of(
+        self, token_ids: Tensor, wanted: Wanted, *, source: Source | None = None, media: Media | None = None
+    ) -> list[View]:
+        """What the model's own forward shows of whole sequences: the reference of what the cache shows."""
+        keep = {"logits_to_keep": 1} if self._keeps_logits else {}
+        with (
+            self._lock,
+            self._rotary.fixed(self.regime(token_ids.shape[1])),
+            fresh_rotary_deltas(self.model),
+            self._own_inputs(token_ids.to(self.device), source, media) as inputs,
+            self._looked_into(wanted),
+        ):
+            output = self.model(**inputs, **asked(wanted), **keep, use_cache=False)
+        return views_in(output, wanted)
+
+    def check_shows(self, wanted: Wanted) -> None:
+        """Refuse what the model's own forward does not show, tried when it is first wanted."""
+        if wanted in self._shows:
+            return
+        trial = None if self.encoder is None else self.encoder.trial_source()
+        view = self.views_of(torch.zeros((1, TRIAL_TOKENS), dtype=torch.int64), wanted, source=trial)[0]
+        own = sum(not layer.reach.cross for layer in self.layers)
+        if view.attentions is not None and len(view.attentions) != own:
+            raise UnsupportedOption(
+                f"`output_attentions` is not supported: the model has {own} attention layers, and its own forward "
+                f"returns the weights of {len(view.attentions)}."
+            )
+        self._shows.add(wanted)
+
+    @contextmanager
+    def _looked_into(self, wanted: Wanted) -> Iterator[None]:
+        """Within the block a forward pass can show what is wanted: weights come from eager attention alone."""
+        eager = self._implementation.set_to("eager") if wanted.attentions else nullcontext()
+        with without_traces(self.model), eager:
+            yield
 
     def _own_inputs(
         self, token_ids: Tensor, source: Source | None, media: Media | None
