@@ -39,6 +39,7 @@ class LanguageModel:
     Options of decoding have the names, defaults and meaning of `transformers.GenerationConfig`; unset ones
     come from the model's generation config. KVLoom adds `seed` (of a request: the same seed gives the same
     text alone or in any batch), `output_logits`, `top_logprobs` and `presence_penalty`.
+    `output_attentions` and `output_hidden_states` let one look inside; see `Generation` for their shapes.
 
     A prompt is text; token ids, as a list or as a tensor of shape [tokens] or [1, tokens]; or messages in the format of
     transformers, which the chat template writes: `[{"role": "user", "content": "..."}]`. For an image-text model the

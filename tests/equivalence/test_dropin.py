@@ -354,8 +354,6 @@ def test_a_cache_that_could_not_be_given_back_is_refused_by_name(options: dict[s
         ("penalty_alpha", 0.6),
         ("inputs_embeds", torch.zeros(1, 3, 48)),
         ("position_ids", torch.arange(3)[None]),
-        ("output_attentions", True),
-        ("output_hidden_states", True),
         ("cache_implementation", "static"),
         ("logits_to_keep", 3),
         ("labels", torch.zeros(1, 3)),
