@@ -77,7 +77,7 @@ class Plan:
     """One step.
 
     Attributes:
-        positions: int64[tokens], logical positions of the ragged row.
+        positions: int64[tokens], logical positions of the ragged row, as the model counts them.
         logit_rows: int64[n], the rows whose logits are wanted.
         groups: one plan for each layer group.
         views: collects what the step shows to those who look inside; None if nobody does.

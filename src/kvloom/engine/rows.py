@@ -215,7 +215,10 @@ class CachedRows:
             looks = [row.look for row, _ in work]
             wanted = [None if look is None else look.wanted for look in looks]
             plan = build_plan(self._cache, extension, logits=logits, device=self._binding.device, wanted=wanted)
-            token_ids = [token for row, count in work for token in row.token_ids[row.computed - count : row.computed]]
+            parts = [(row.token_ids, row.computed - count, row.computed) for row, count in work]
+            if self._binding.counting is not None:
+                plan = self._binding.counting.of_step(plan, parts)
+            token_ids = [token for ids, first, end in parts for token in ids[first:end]]
             result = self._binding.forward(
                 torch.tensor(token_ids, device=self._binding.device),
                 plan,

@@ -16,6 +16,7 @@ from kvloom.models.encoder import Encoder
 from kvloom.models.identity import Identity
 from kvloom.models.media import Media
 from kvloom.models.operations import Operation
+from kvloom.models.positions import Counting
 from kvloom.models.source import Source
 from kvloom.models.vision import Vision
 
@@ -64,6 +65,11 @@ class Binding(Protocol):
     @property
     def vision(self) -> Vision | None:
         """How the model takes images and videos; None if it takes none."""
+        ...
+
+    @property
+    def counting(self) -> Counting | None:
+        """How the model counts positions; None if they are the tokens' indices, which plans hold."""
         ...
 
     def check_ready(self) -> None:

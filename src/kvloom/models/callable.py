@@ -16,6 +16,7 @@ from kvloom.models.encoder import Encoder
 from kvloom.models.identity import Identity
 from kvloom.models.media import Media
 from kvloom.models.operations import Operation
+from kvloom.models.positions import Counting
 from kvloom.models.source import Source
 from kvloom.models.vision import Vision
 
@@ -35,6 +36,7 @@ class CallableBinding:
     shows_attention = False
     encoder: Encoder | None = None
     vision: Vision | None = None
+    counting: Counting | None = None
 
     def __init__(
         self,

@@ -27,6 +27,7 @@ from kvloom.models.media import Media
 from kvloom.models.operations import Operation, linear_operations
 from kvloom.models.packed import PackedLinears
 from kvloom.models.packings import choose_packing
+from kvloom.models.positions import counting_of
 from kvloom.models.probe import AttentionCall
 from kvloom.models.rotary import RotaryRegimes
 from kvloom.models.showing import Showing, fresh_rotary_deltas
@@ -48,6 +49,7 @@ class HostedModel(ABC):
 
     Attributes:
         encoder: what reads the source of an encoder-decoder model; None for a causal model.
+        counting: how positions are counted; None if they are the tokens' indices.
         calls: the attention modules that keep keys and values, in the order of `layers`.
         vision: how the model takes images; None if it takes none.
         showing: hands images to it; None likewise.
@@ -73,6 +75,7 @@ class HostedModel(ABC):
         self._text_config: Any = model.config.get_text_config(decoder=True)
         self._implementation = Implementation(model, self._text_config)
         self._rotary = RotaryRegimes(model)
+        self.counting = counting_of(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         trial = None if self.encoder is None else self.encoder.trial_source()
         self.vocab_size = int(self.forward_own(torch.zeros((1, 1), dtype=torch.int64), source=trial).shape[-1])
@@ -299,6 +302,7 @@ class HostedModel(ABC):
             trained = getattr(self.model.config, "max_target_positions", trained)
         if trained is None:
             return None
+        trained -= 0 if self.counting is None else self.counting.unused
         # A temperature by row index is right as long as it is that of the first interval, as for every short row.
         late = [scale for scale in row_scales(self.model) if scale > MOST_ROWS]
         trained = min([trained, *(scale - 1 for scale in late)])

@@ -176,7 +176,10 @@ class _Runner:
         extension = self._cache.extend([(sequence, count) for _, sequence, count in requests])
         plan = build_plan(self._cache, extension, logits=[count for *_, count in requests], device=self._binding.device)
         new = [(index, slice(sequence.tokens - count, sequence.tokens)) for index, sequence, count in requests]
-        token_ids = [token for index, tokens in new for token in self._sequences[index].token_ids[tokens]]
+        parts = [(self._sequences[index].token_ids, tokens.start, tokens.stop) for index, tokens in new]
+        if self._binding.counting is not None:
+            plan = self._binding.counting.of_step(plan, parts)
+        token_ids = [token for ids, first, end in parts for token in ids[first:end]]
         own = {
             name: torch.cat([self._own[index].rows[name][tokens] for index, tokens in new])
             for name in self._own[0].rows
