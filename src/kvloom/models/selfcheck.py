@@ -14,6 +14,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any, Protocol
 
 import torch
@@ -227,8 +228,9 @@ def _recorded(
     rows: dict[str, Tensor] = {}
     passes: dict[str, list[Tensor]] = {}
 
-    def before(name: str) -> Any:
+    def before(names: Iterator[str]) -> Any:
         def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            name = f"the input of {next(names)}"
             hidden = named.get("hidden_states", inputs[0] if inputs else None)
             if not isinstance(hidden, Tensor) or hidden.dim() != 3:
                 return None
@@ -244,37 +246,44 @@ def _recorded(
 
         return hook
 
-    def after(name: str) -> Any:
+    def after(names: Iterator[str]) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             own = (output[0] if isinstance(output, tuple) else output).flatten(0, -2).detach()
-            passes.setdefault(name, []).append(own)
+            passes.setdefault(next(names), []).append(own)
 
         return hook
 
     handles = []
-    for call in binding.calls:
-        handles.append(call.module.register_forward_pre_hook(before(f"the input of `{call.name}`"), with_kwargs=True))
-        handles.append(call.module.register_forward_hook(after(f"`{call.name}`")))
+    for module, names in _names_of(binding).items():
+        handles.append(module.register_forward_pre_hook(before(cycle(names)), with_kwargs=True))
+        handles.append(module.register_forward_hook(after(cycle(names))))
     try:
         yield rows
     finally:
         for handle in handles:
             handle.remove()
-        logits = rows.pop(LOGITS, None)
-        for name, parts in passes.items():
-            rows[name] = torch.cat(parts)
-            if order is not None:
-                rows[name] = torch.empty_like(rows[name]).index_copy_(
-                    0, torch.tensor(order, device=rows[name].device), rows[name]
-                )
-        if logits is not None:
-            rows[LOGITS] = logits
+    logits = rows.pop(LOGITS)
+    for name, parts in passes.items():
+        rows[name] = torch.cat(parts)
+        if order is not None:
+            places = torch.tensor(order, device=rows[name].device)
+            rows[name] = torch.empty_like(rows[name]).index_copy_(0, places, rows[name])
+    rows[LOGITS] = logits
+
+
+def _names_of(binding: Provable) -> dict[nn.Module, list[str]]:
+    """For each attention module a name, or one for each of its runs in a pass: a model may loop over its layers."""
+    names: dict[nn.Module, list[str]] = {}
+    for call in binding.calls:
+        earlier = names.setdefault(call.module, [])
+        earlier.append(f"`{call.name}`" + (f" in run {len(earlier) + 1}" if earlier else ""))
+    return names
 
 
 def _compare(binding: Provable, own: _Trace, cached: _Trace) -> float:
     """The largest relative error; raises at the first layer beyond the tolerance."""
     tolerance = TOLERANCE.get(binding.dtype, TOLERANCE[torch.bfloat16])
-    attention = {f"`{call.name}`" for call in binding.calls}
+    attention = {name for names in _names_of(binding).values() for name in names}
     worst = 0.0
     for name, expected in own.rows.items():
         got = cached.rows[name]
