@@ -80,7 +80,24 @@ SMALL_HERE = {
 }
 
 
-SPECIAL: dict[str, dict[str, Any]] = {"gpt_neo": {"attention_types": [[["global", "local"], 1]]}}
+SPECIAL: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2]}
+            for kind in ("full_attention", "sliding_attention")
+        }
+    },
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8.0}},
+    "deepseek_v2": {"head_dim": 8, "num_key_value_heads": 4, "num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "lfm2": {"layer_types": ["full_attention", "conv"], "num_hidden_layers": 2},
+    "lfm2_moe": {"layer_types": ["full_attention", "conv"], "num_hidden_layers": 2},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "expand": 2, "n_groups": 1},
+    "reformer": {"axial_pos_embds_dim": [32, 32], "axial_pos_shape": [8, 16]},
+    "xmod": {"languages": ["en_XX", "de_DE"], "default_language": "de_DE"},
+}
+"""What the default config of a family leaves open, or makes too large, under names of its own."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +163,8 @@ def build(family: Family) -> PreTrainedModel:
     for make_config in _small_configs(family.config_class):
         try:
             config = make_config()
+            if not isinstance(config, family.model_class.config_class):
+                config = config.get_text_config(decoder=True)  # as `AutoModelForCausalLM` takes it
             with torch.device("meta"):  # a family whose sizes have other names may be huge
                 size = sum(own.numel() for own in family.model_class(copy.deepcopy(config)).parameters())
             if size > MOST_PARAMETERS:
@@ -232,7 +251,7 @@ def _shrunk(config_class: type[PreTrainedConfig], layers: int, variant: Variant)
     for name, part in vars(plain).items():
         if isinstance(part, PreTrainedConfig):
             changes[name] = _shrunk(type(part), layers, variant).to_dict()
-    return config_class(**changes, **SPECIAL.get(plain.model_type, {}))
+    return config_class(**(changes | SPECIAL.get(plain.model_type, {})))
 
 
 def _small_fields(plain: PreTrainedConfig, layers: int, variant: Variant) -> dict[str, Any]:
@@ -260,7 +279,7 @@ _NOTHING = object()
 
 def _value(plain: PreTrainedConfig, name: str) -> Any:
     """A field of a config; nothing where there is none, or where it follows from others."""
-    if isinstance(getattr(type(plain), name, None), property):
+    if isinstance(getattr(type(plain), plain.attribute_map.get(name, name), None), property):
         return _NOTHING
     try:
         return getattr(plain, name, _NOTHING)
