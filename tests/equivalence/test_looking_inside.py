@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from x_transformers import Decoder, TransformerWrapper
 
+import families
 import kvloom
 import tiny
 from kvloom import Generation, InvalidRequest, LanguageModel
@@ -254,6 +255,21 @@ def test_what_does_not_show_itself_is_refused_by_name() -> None:
     assert llama.generate([1, 2], retention=kvloom.SinkWindow(), output_hidden_states=True).hidden_states
     with pytest.raises(InvalidRequest, match="`output_hidden_states` must be True or False"):
         llama.extend(None, [1, 2], output_hidden_states=[1])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("family", "option", "reason"),
+    [
+        ("granite_swa", "output_attentions", "are not those that it calculates with"),  # they leave out the sinks
+        ("gemma3n_text", "output_hidden_states", "are no rows of tokens"),  # it has several streams of them
+    ],
+)
+def test_what_a_model_shows_otherwise_is_refused_by_name(family: str, option: str, reason: str) -> None:
+    model = families.build(next(own for own in families.all_families() if own.name == family))
+    lm = kvloom.attach(model, budget_bytes=1 << 22)
+    with pytest.raises(UnsupportedOption, match=f"`{option}` is not supported: .*{reason}"):
+        lm.generate([1, 2, 3], **{option: True})
+    assert lm.generate([1, 2, 3], max_new_tokens=1, **dict.fromkeys(LOOK.keys() - {option}, True))
 
 
 # ---- the drop-in -------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from kvloom.attention import Plan, View, Wanted
 from kvloom.attention.turn import Turn
 from kvloom.cache import AnyStore, LayerShape, in_own_dtype
-from kvloom.errors import UnsupportedModel, UnsupportedOption
+from kvloom.errors import UnsupportedModel
 from kvloom.models.binding import Regime
 from kvloom.models.encoder import Encoder
 from kvloom.models.identity import Identity, identify
@@ -30,15 +30,13 @@ from kvloom.models.packings import choose_packing
 from kvloom.models.positions import counting_of
 from kvloom.models.probe import AttentionCall
 from kvloom.models.rotary import RotaryRegimes
+from kvloom.models.showcheck import prove_shows
 from kvloom.models.showing import Showing, fresh_rotary_deltas
 from kvloom.models.source import Source
 from kvloom.models.vision import Vision
 
 MOST_ROWS = 4_096
 """More new tokens than a step ever has."""
-
-TRIAL_TOKENS = 3
-"""Of the pass that tries whether a model shows its inside."""
 
 WINDOW_FIELDS = ("sliding_window", "attention_chunk_size", "window_size")
 """Where configs and modules keep how far back attention sees."""
@@ -228,18 +226,10 @@ class HostedModel(ABC):
         return views_in(output, wanted)
 
     def check_shows(self, wanted: Wanted) -> None:
-        """Refuse what the model's own forward does not show, tried when it is first wanted."""
-        if wanted in self._shows:
-            return
-        trial = None if self.encoder is None else self.encoder.trial_source()
-        view = self.views_of(torch.zeros((1, TRIAL_TOKENS), dtype=torch.int64), wanted, source=trial)[0]
-        own = sum(not layer.reach.cross for layer in self.layers)
-        if view.attentions is not None and len(view.attentions) != own:
-            raise UnsupportedOption(
-                f"`output_attentions` is not supported: the model has {own} attention layers, and its own forward "
-                f"returns the weights of {len(view.attentions)}."
-            )
-        self._shows.add(wanted)
+        """Refuse what the model does not show of itself, tried when it is first wanted."""
+        if wanted not in self._shows:
+            prove_shows(self, wanted)
+            self._shows.add(wanted)
 
     @contextmanager
     def _looked_into(self, wanted: Wanted) -> Iterator[None]:

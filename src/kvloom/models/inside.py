@@ -55,16 +55,22 @@ def views_in(output: Any, wanted: Wanted) -> list[View]:
     attentions = _layers(output, "attentions") if wanted.attentions else ()
     cross = _layers(output, "cross_attentions", may_lack=True) if wanted.attentions else ()
     states = hidden_states_in(output, wanted)
-    fields = (attentions, cross, states)
-    return [
-        View(*(tuple(own[row] for own in layers) or None for layers in fields)) for row in range(len(output.logits))
-    ]
+
+    def of(row: int, layers: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        return tuple(own[row] for own in layers) or None
+
+    return [View(of(row, attentions), of(row, cross), of(row, states)) for row in range(len(output.logits))]
 
 
 def _layers(output: Any, name: str, *, may_lack: bool = False) -> tuple[Tensor, ...]:
     """A field of the output of a decoder, or of an encoder-decoder model's decoder."""
     decoders = f"decoder_{name}"
-    layers = getattr(output, decoders if hasattr(output, decoders) else name, None) or ()
+    layers: tuple[Any, ...] = getattr(output, decoders if hasattr(output, decoders) else name, None) or ()
     if any(not isinstance(own, Tensor) for own in layers) or not (layers or may_lack):
         raise UnsupportedOption(f"`output_{name}` is not supported: the model's own forward does not return them.")
+    if name == "hidden_states" and any(own.dim() != 3 for own in layers):
+        shape = list(layers[0].shape)
+        raise UnsupportedOption(
+            f"`output_{name}` is not supported: those of the model are no rows of tokens, but have the shape {shape}."
+        )
     return tuple(layers)

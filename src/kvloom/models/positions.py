@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -31,10 +32,11 @@ class Counting:
         """Of the positions that the model has embeddings for, how many no token but PAD is given."""
         return self.pad + 1
 
-    def positions(self, token_ids: Sequence[int], first: int, end: int) -> np.ndarray:
+    def positions(self, token_ids: Sequence[int], first: int, end: int) -> npt.NDArray[np.int64]:
         """int64[end - first], those of the tokens from `first` on, before `end`, of a sequence."""
         counted = np.array(token_ids[:end], dtype=np.int64) != self.pad
-        return (self.pad + np.cumsum(counted) * counted)[first:]
+        positions: npt.NDArray[np.int64] = self.pad + np.cumsum(counted) * counted
+        return positions[first:]
 
     def of_step(self, plan: Plan, sequences: Sequence[tuple[Sequence[int], int, int]]) -> Plan:
         """The plan of a step, with the positions that the model is to be given.

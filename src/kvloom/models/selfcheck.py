@@ -28,11 +28,7 @@ from kvloom.models.hosted import MOST_ROWS, WINDOW_FIELDS, HostedModel
 from kvloom.models.media import Media
 from kvloom.models.probe import AttentionCall
 from kvloom.models.source import Source
-
-# Largest relative error of a row, by dtype. A model that is attached wrongly misses by some 10 to 100 per cent.
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
-# In 16 bits a few rows may differ more outside of attention, where a mixture of experts sits on a tie.
-TIES_QUANTILE = 0.75
+from kvloom.models.tolerance import TIES_QUANTILE, TOLERANCE
 
 CHECK_TOKENS = 44
 DECODED_TOKENS = 2
