@@ -13,8 +13,10 @@ from kvloom.context import Context, check_context
 from kvloom.decoding import Hypothesis, Options, make_decoder, resolve
 from kvloom.engine import Engine, Request, Usage
 from kvloom.engine.holding import Holding
+from kvloom.engine.looking import check_look
 from kvloom.engine.retaining import check_policy, settle
 from kvloom.errors import InvalidRequest, PromptTooLong
+from kvloom.looking import first_seen, inside, wanted_of
 from kvloom.models import Media
 from kvloom.prompts import Prompt, PromptReader
 from kvloom.results import Generation, Hypotheses
@@ -43,7 +45,10 @@ UNSET = Unset()
 
 @dataclass(frozen=True)
 class Asked:
-    """The arguments of one call, as they were passed."""
+    """The arguments of one call, as they were passed.
+
+    `every_row` is for those who look inside without a cache; see `Wanted`.
+    """
 
     context: Context | None
     generation_config: GenerationConfig | None
@@ -52,6 +57,7 @@ class Asked:
     options: dict[str, Any]
     retention: Retention | Unset | None = UNSET
     decoder_input_ids: Any = None
+    every_row: bool = False
 
 
 class Calls:
@@ -210,6 +216,12 @@ class Calls:
         prompt_ids = prompt.token_ids
         new_tokens = options.lengths(len(prompt_ids)).new_tokens
         retention = self.settled(policy, prompt_tokens=len(prompt_ids), new_tokens=new_tokens, media=prompt.media)
+        wanted = wanted_of(
+            output_attentions=options.output_attentions,
+            output_hidden_states=options.output_hidden_states,
+            every_row=asked.every_row,
+        )
+        check_look(wanted, self._engine.binding, retention)
         decoder = make_decoder(
             options,
             prompt_ids,
@@ -232,6 +244,8 @@ class Calls:
             keep_tables=options.num_beams == 1,
             source=prompt.source,
             media=prompt.media,
+            wanted=wanted,
+            looks_from=0 if asked.every_row else first_seen(asked.context, len(prompt_ids)),
         )
 
     def submit(self, requests: list[Request]) -> None:
@@ -260,6 +274,7 @@ class Calls:
         self, request: Request, own: Hypothesis, token_ids: list[int], usage: Usage, holding: Holding | None
     ) -> Generation:
         tokenizer = self._tokenizer
+        steps = [request.views[step][row] for step, row in enumerate(own.rows)] if request.views else []
         result = Generation(
             text="" if tokenizer is None else decode_new(tokenizer, request.prompt_ids, own.token_ids),
             tokens=[] if tokenizer is None else token_strings(tokenizer, own.token_ids),
@@ -268,6 +283,9 @@ class Calls:
             top_logprobs=own.top_logprobs,
             logits=own.logits,
             scores=own.scores,
+            attentions=inside(steps, "attentions"),
+            cross_attentions=inside(steps, "cross_attentions"),
+            hidden_states=inside(steps, "hidden_states"),
             finish_reason=own.finish_reason,
             score=own.score,
             usage=usage,

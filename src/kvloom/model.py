@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
+from kvloom.attention import View
 from kvloom.cache.retention import Retention
 from kvloom.calls import UNSET, Asked, Calls, Unset
 from kvloom.context import Context, check_context
 from kvloom.engine import Engine
 from kvloom.engine.foreign import read_pairs
+from kvloom.engine.looking import Look, check_look
 from kvloom.errors import CacheMismatch, InvalidRequest, PromptTooLong
 from kvloom.inspecting import Inspection, inspect
+from kvloom.looking import wanted_of
 from kvloom.models import Binding
 from kvloom.planning import MemoryPlan, plan_for
 from kvloom.prompts import Prompt, PromptReader, read_prompt
@@ -36,6 +39,7 @@ class LanguageModel:
     Options of decoding have the names, defaults and meaning of `transformers.GenerationConfig`; unset ones
     come from the model's generation config. KVLoom adds `seed` (of a request: the same seed gives the same
     text alone or in any batch), `output_logits`, `top_logprobs` and `presence_penalty`.
+    `output_attentions` and `output_hidden_states` let one look inside; see `Generation` for their shapes.
 
     A prompt is text; token ids, as a list or as a tensor of shape [tokens] or [1, tokens]; or messages in the format of
     transformers, which the chat template writes: `[{"role": "user", "content": "..."}]`. For an image-text model the
@@ -215,13 +219,22 @@ class LanguageModel:
         whole = self.calls.prompt(prompt, context, decoder_input_ids, cue=add_generation_prompt)
         return self._extended(context, whole, all_logits=False, policy=policy)[1]
 
-    def extend(self, context: Context | None, token_ids: Any, *, start: int | None = None) -> Extended:
+    def extend(
+        self,
+        context: Context | None,
+        token_ids: Any,
+        *,
+        start: int | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> Extended:
         """The hand-driven cache: run the new tokens of a sequence, and only these.
 
         Args:
             context: what came before; None at the start. Unchanged.
             token_ids: the new tokens, a list or a tensor of shape [n] or [1, n].
             start: the position of the first of them, as a check: it must be `context.tokens`.
+            output_attentions, output_hidden_states: whether the result shows these of the new tokens.
 
         Returns:
             `Extended`: `logits` float[n, vocab], a row for each new token (row i follows token i; earlier tokens
@@ -229,6 +242,7 @@ class LanguageModel:
 
         Raises:
             CacheMismatch: `start` is not the end of the context, or the tokens repeat the whole context.
+            UnsupportedOption: the model does not show its inside.
         """
         check_context(context)
         new_ids = read_prompt(token_ids, None, vocab_size=self.vocab_size)
@@ -240,8 +254,12 @@ class LanguageModel:
                 "that."
             )
         whole = self.calls.prompt(new_ids, context)
-        logits, extended = self._extended(context, whole, all_logits=True, policy=policy)
-        return Extended(logits, extended)
+        wanted = wanted_of(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
+        check_look(wanted, self.binding, policy)
+        look = None if wanted is None else Look(wanted, 0 if context is None else context.tokens)
+        logits, extended = self._extended(context, whole, all_logits=True, policy=policy, look=look)
+        view = View() if look is None else look.view(extended.tokens)
+        return Extended(logits, extended, view.attentions, view.cross_attentions, view.hidden_states)
 
     def import_cache(self, token_ids: Any, past_key_values: Any) -> Context:
         """A context of keys and values that transformers has computed for this model.
@@ -423,7 +441,13 @@ class LanguageModel:
     # ---- inside --------------------------------------------------------------------------------------------
 
     def _extended(
-        self, context: Context | None, whole: Prompt, *, all_logits: bool, policy: Retention | None
+        self,
+        context: Context | None,
+        whole: Prompt,
+        *,
+        all_logits: bool,
+        policy: Retention | None,
+        look: Look | None = None,
     ) -> tuple[Tensor, Context]:
         """Run a prompt that begins with a context's tokens; logits of the new tokens, and the longer context."""
         holding = None if context is None else context.tables_for(self.engine)
@@ -444,6 +468,7 @@ class LanguageModel:
             source=source,
             media=media,
             retention=settled,
+            look=look,
         )
         return logits, Context(self.engine, token_ids, extended, settled, source=source, media=media)
 

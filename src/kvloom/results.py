@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor
 
@@ -14,6 +14,9 @@ from kvloom.engine import Usage
 
 if TYPE_CHECKING:
     from kvloom.context import Context
+
+Inside: TypeAlias = tuple[tuple[Tensor, ...], ...]
+"""A tensor for each new token and each layer."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -29,6 +32,13 @@ class Generation:
         logits: with `output_logits=True`, float32[new_tokens, vocab], before any processing.
         scores: with `output_scores=True`, float32[new_tokens, vocab], what processors made of the logits (in a beam
             search, of their log-softmax): what each token was chosen by.
+        attentions: with `output_attentions=True`, for each new token, for each layer, float[heads, rows, columns]: what
+            the model looked at when it chose the token. The first token's rows are those of the prompt's tokens that
+            had to be computed (all, but for what a `context` holds), every later token has one row, of the token
+            before it. Column j is the token at position j of the sequence; what a window hides weighs zero.
+        cross_attentions: the same of an encoder-decoder model's source, float[heads, rows, source_tokens].
+        hidden_states: with `output_hidden_states=True`, for each new token float[rows, hidden] of the same rows: what
+            went into the first layer, then what came out of each, the last one behind the last norm.
         finish_reason: "eos", "length" or "stop".
         score: of a beam hypothesis: the sum of its log-probabilities / length ** length_penalty.
         usage: what the request cost, over all its sequences.
@@ -41,6 +51,9 @@ class Generation:
     top_logprobs: list[TopLogprobs] | None = field(repr=False)
     logits: Tensor | None = field(repr=False)
     scores: Tensor | None = field(repr=False)
+    attentions: Inside | None = field(repr=False)
+    cross_attentions: Inside | None = field(repr=False)
+    hidden_states: Inside | None = field(repr=False)
     finish_reason: FinishReason
     score: float | None
     usage: Usage
@@ -100,7 +113,15 @@ class Extended:
     Attributes:
         logits: float[new_tokens, vocab]: a row for each of the tokens just passed, none for earlier ones.
         context: the context with these tokens appended; the one that was passed is unchanged.
+        attentions: with `output_attentions=True`, for each layer float[heads, new_tokens, tokens]: what the new tokens
+            look at; column j is the token at position j of the whole sequence.
+        cross_attentions: the same of an encoder-decoder model's source, float[heads, new_tokens, source_tokens].
+        hidden_states: with `output_hidden_states=True`, float[new_tokens, hidden]: what goes into the first layer, then
+            what comes out of each, the last one behind the last norm.
     """
 
     logits: Tensor
     context: Context
+    attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None

@@ -32,13 +32,12 @@ def test_the_document_lists_every_family_of_the_installed_transformers_and_none_
 
 
 def test_most_families_that_let_attention_be_replaced_work() -> None:
-    # The goal is nine of ten. RoBERTa and its kin, which count positions from their PAD id on, are what is missing.
     lines = DOC.read_text().splitlines()
     rows = {line.split("|")[1].strip(" `"): line for line in lines if line.startswith("| `")}
     declared = [own.name for own in families.all_families() if own.declares_backend and own.name in rows]
     built = [name for name in declared if "| not built |" not in rows[name]]
     works = [name for name in built if "| works |" in rows[name]]
-    assert len(works) >= 0.86 * len(built), sorted(set(built) - set(works))
+    assert len(works) >= 0.9 * len(built), sorted(set(built) - set(works))
 
 
 def _is_of_another_version(lines: list[str]) -> bool:

@@ -3,5 +3,6 @@ defines it."""
 
 from kvloom.attention.plan import GroupPlan, Plan, build_plan
 from kvloom.attention.spans import Span
+from kvloom.attention.views import View, Views, Wanted
 
-__all__ = ["GroupPlan", "Plan", "Span", "build_plan"]
+__all__ = ["GroupPlan", "Plan", "Span", "View", "Views", "Wanted", "build_plan"]

@@ -20,6 +20,7 @@ from kvloom.attention.schedule import Schedule
 from kvloom.attention.sealed_spans import SealedSpans
 from kvloom.attention.source import Source
 from kvloom.attention.spans import Span, SpanBuilder, as_tensor
+from kvloom.attention.views import Views, Wanted
 from kvloom.cache import CachedSequence, Extension, KVCache, Landing, Reach, Written
 from kvloom.cache.landing import land
 
@@ -76,14 +77,16 @@ class Plan:
     """One step.
 
     Attributes:
-        positions: int64[tokens], logical positions of the ragged row.
+        positions: int64[tokens], logical positions of the ragged row, as the model counts them.
         logit_rows: int64[n], the rows whose logits are wanted.
         groups: one plan for each layer group.
+        views: collects what the step shows to those who look inside; None if nobody does.
     """
 
     positions: Tensor
     logit_rows: Tensor
     groups: tuple[GroupPlan, ...]
+    views: Views | None = None
 
     @property
     def tokens(self) -> int:
@@ -92,18 +95,24 @@ class Plan:
 
 
 def build_plan(
-    cache: KVCache, extension: Extension, *, logits: Sequence[int], device: torch.device | str = "cpu"
+    cache: KVCache,
+    extension: Extension,
+    *,
+    logits: Sequence[int],
+    device: torch.device | str = "cpu",
+    wanted: Sequence[Wanted | None] = (),
 ) -> Plan:
     """Plan the step that an extension has made room for.
 
     Args:
         logits: for each sequence, of how many of its last new tokens logits are wanted; 0 for none.
+        wanted: for each sequence, what is to be seen of its new tokens; may be left out if nothing is.
     """
     work = list(zip(extension.sequences, extension.counts, strict=True))
     ends = list(accumulate(extension.counts))
     # Lists: a step has few rows or is long, and what NumPy needs to begin with costs more than a few of them.
     positions = [position for own, count in work for position in range(own.tokens - count, own.tokens)]
-    wanted = [row for end, n in zip(ends, logits, strict=True) for row in range(end - n, end)]
+    logit_rows = [row for end, n in zip(ends, logits, strict=True) for row in range(end - n, end)]
     groups = []
     for index, group in enumerate(cache.groups):
         reach = group.group.reach
@@ -123,8 +132,9 @@ def build_plan(
         )
     return Plan(
         positions=torch.tensor(positions, dtype=torch.int64, device=device),
-        logit_rows=torch.tensor(wanted, dtype=torch.int64, device=device),
+        logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
         groups=tuple(groups),
+        views=Views(wanted) if any(wanted) else None,
     )
 
 

@@ -117,7 +117,7 @@ class Store:
             bounds[0, :, filled], bounds[1, :, filled] = blocks.amin(dim=2), blocks.amax(dim=2)
 
     def gather(self, layer: int, slots: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of some slots, [batch, kv_heads, tokens, dim].
+        """Keys and values of some slots, [batch, kv_heads, tokens, dim], contiguous where they are copied.
 
         Args:
             slots: int64[batch, tokens]; or a slice, whose slots are seen as a view of batch 1, without a copy.
@@ -125,11 +125,13 @@ class Store:
         keys, values = self.keys[layer], self.values[layer]
         if isinstance(slots, slice):
             return keys[None, :, slots], values[None, :, slots]
-        batch, tokens = slots.shape
-        flat = slots.flatten()
 
         def rows(tensor: Tensor) -> Tensor:
-            return tensor.index_select(1, flat).view(tensor.shape[0], batch, tokens, -1).transpose(0, 1)
+            # As a cache of transformers lies, which some models take a view of.
+            gathered = tensor.new_empty((len(slots), tensor.shape[0], slots.shape[1], tensor.shape[2]))
+            for own, row in zip(slots, gathered, strict=True):
+                torch.index_select(tensor, 1, own, out=row)
+            return gathered
 
         return rows(keys), rows(values)
 

@@ -63,21 +63,21 @@ class Hypothesis:
         token_ids: the new tokens, the EOS token included where it was chosen.
         logprobs: raw log-softmax of each of them.
         finish_reason: "eos", "length" or "stop".
+        rows: which of the rows that `decide` was given each token continued.
         score: a beam hypothesis' length-normalised score; None for greedy and sampling.
         top_logprobs: alternatives of each step, if they were asked for.
         logits: float32[new_tokens, vocab], before any processing, if they were asked for.
         scores: float32[new_tokens, vocab], after processing, if they were asked for.
-        beams: of a beam hypothesis: which of the running beams each token continued.
     """
 
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: FinishReason
+    rows: list[int]
     score: float | None = None
     top_logprobs: list[TopLogprobs] | None = None
     logits: Tensor | None = None
     scores: Tensor | None = None
-    beams: list[int] | None = None
 
 
 class Decoder(Protocol):

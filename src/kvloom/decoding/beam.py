@@ -188,11 +188,11 @@ class BeamSearch:
             token_ids=path.token_ids,
             logprobs=path.logprobs,
             finish_reason=self._shared.stopping.reason(last, path.stopped),
+            rows=path.rows,
             score=score,
             top_logprobs=path.top_logprobs,
             logits=path.logits,
             scores=path.scores,
-            beams=path.rows,
         )
 
     def rows_seen(self) -> Seen:

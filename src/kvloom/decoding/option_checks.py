@@ -163,6 +163,8 @@ CHECKS: dict[str, Check] = {
     "decoder_start_token_id": _IDS,
     "output_logits": _FLAG,
     "output_scores": _FLAG,
+    "output_attentions": _FLAG,
+    "output_hidden_states": _FLAG,
     "top_logprobs": _integer(0),
     "seed": Check("an integer from 0 up to but below 2**64", _seed),
 }

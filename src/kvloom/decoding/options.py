@@ -83,6 +83,8 @@ class Options:
     decoder_start_token_id: tuple[int, ...] | None = None
     output_logits: bool = False
     output_scores: bool = False
+    output_attentions: bool = False
+    output_hidden_states: bool = False
     top_logprobs: int = 0
     seed: int | None = None
     max_position_embeddings: int | None = None

@@ -67,8 +67,6 @@ REFUSED: dict[str, Refusal] = {
     "prefill_chunk_size": Refusal("KVLoom chooses the chunks of a prompt itself"),
     "continuous_batching_config": Refusal("KVLoom schedules requests itself"),
     "compile_config": Refusal("KVLoom does not compile the model"),
-    "output_attentions": Refusal("attention weights are never materialised"),
-    "output_hidden_states": Refusal("hidden states are not kept"),
     "prefix_allowed_tokens_fn": Refusal("pass `transformers.PrefixConstrainedLogitsProcessor` as a `logits_processor`"),
     "streamer": Refusal("use `stream`"),
     "attention_mask": Refusal("prompts are not padded, so there is nothing to mask"),

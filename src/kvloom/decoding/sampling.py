@@ -162,6 +162,7 @@ class GreedyOrSampling:
                 token_ids=path.token_ids,
                 logprobs=path.logprobs,
                 finish_reason=self._shared.stopping.reason(path.token_ids[-1], path.stopped),
+                rows=path.rows,
                 top_logprobs=path.top_logprobs,
                 logits=path.logits,
                 scores=path.scores,

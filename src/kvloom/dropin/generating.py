@@ -17,6 +17,7 @@ from kvloom.decoding import Options
 from kvloom.decoding.option_checks import CHECKS
 from kvloom.decoding.refusals import REFUSED
 from kvloom.dropin.inputs import input_names, read_inputs, take_inputs
+from kvloom.dropin.inside import shown_by
 from kvloom.dropin.outputs import Output, output_of, sequences_of
 from kvloom.dropin.padding import Batch
 from kvloom.dropin.past import begin_with, carried_on
@@ -99,15 +100,19 @@ def _decode(
     given, past = take_inputs(lm.binding, inputs, arguments), arguments.pop("past_key_values", None)
     asked = replace(asked, options=_without_model_inputs(arguments, lm))
     options = lm.calls.options(asked)
+    _refuse_looking_inside(options, lm)
     batch = read_inputs(given, options, lm)
     as_dict = _flag("return_dict_in_generate", arguments, asked.generation_config, lm.generation_config)
     options = _counted(options, batch, as_dict)
-    asked = replace(asked, context=begin_with(past, lm, batch, options))
+    # Without a cache transformers runs, and shows, whole sequences at each step.
+    asked = replace(asked, context=begin_with(past, lm, batch, options), every_row=not options.use_cache)
     requests = _requests(lm, batch, asked, options, allowed)
     generations = _run(lm, batch, requests, streamer)
     past = None if past is None else carried_on(past, generations[0].context)
     decoders = [request.decoder for request in requests]
-    return output_of(batch, decoders, options, past) if as_dict else sequences_of(batch, decoders)
+    if not as_dict:
+        return sequences_of(batch, decoders)
+    return output_of(batch, decoders, options, shown_by(batch, requests, lm), past)
 
 
 def _without_model_inputs(arguments: dict[str, Any], lm: LanguageModel) -> dict[str, Any]:
@@ -124,6 +129,15 @@ def _without_model_inputs(arguments: dict[str, Any], lm: LanguageModel) -> dict[
             taken = ", ".join(f"`{own}`" for own in input_names(lm.binding))
             raise UnsupportedOption(f"`{name}` is not supported: of the model's inputs {taken} are taken.")
     return arguments
+
+
+def _refuse_looking_inside(options: Options, lm: LanguageModel) -> None:
+    """transformers returns the encoder's attentions and hidden states, too, of which nothing is kept here."""
+    for name in ("output_attentions", "output_hidden_states"):
+        if lm.binding.encoder is not None and getattr(options, name):
+            raise UnsupportedOption(
+                f"`{name}` is not supported for encoder-decoder models. LanguageModel.generate shows the decoder's."
+            )
 
 
 def _flag(name: str, arguments: dict[str, Any], *configs: GenerationConfig | None) -> bool:
@@ -146,6 +160,8 @@ def _counted(options: Options, batch: Batch, as_dict: bool) -> Options:
         min_new_tokens=least if least > 0 else None,
         output_scores=options.output_scores and as_dict,
         output_logits=options.output_logits and as_dict,
+        output_attentions=options.output_attentions and as_dict,
+        output_hidden_states=options.output_hidden_states and as_dict,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from transformers.generation import (
 )
 
 from kvloom.decoding import BeamSearch, Decoder, Hypothesis, Options
+from kvloom.dropin.inside import Shown
 from kvloom.dropin.padding import Batch
 
 Output: TypeAlias = (
@@ -33,13 +34,15 @@ def sequences_of(batch: Batch, decoders: Sequence[Decoder]) -> Tensor:
     return batch.followed_by(generated, decoders[0].fill)
 
 
-def output_of(batch: Batch, decoders: Sequence[Decoder], options: Options, past: DynamicCache | None) -> Output:
+def output_of(
+    batch: Batch, decoders: Sequence[Decoder], options: Options, shown: Shown, past: DynamicCache | None
+) -> Output:
     """The output class that transformers returns for such a call, with what was asked to be kept."""
     sequences = sequences_of(batch, decoders)
     beams = [decoder for decoder in decoders if isinstance(decoder, BeamSearch)]
     sourced = batch.prompts[0].source is not None
     if beams:
-        return _of_beams(sequences, beams, options, sourced=sourced)
+        return _of_beams(sequences, beams, options, shown, sourced=sourced)
     hypotheses = [found for decoder in decoders for found in decoder.results()]
     kind = GenerateEncoderDecoderOutput if sourced else GenerateDecoderOnlyOutput
     return kind(
@@ -47,10 +50,13 @@ def output_of(batch: Batch, decoders: Sequence[Decoder], options: Options, past:
         scores=_steps([_kept(found.scores) for found in hypotheses]) if options.output_scores else None,
         logits=_steps([_kept(found.logits) for found in hypotheses]) if options.output_logits else None,
         past_key_values=past,
+        **_inside(shown, sourced),
     )
 
 
-def _of_beams(sequences: Tensor, searches: list[BeamSearch], options: Options, *, sourced: bool) -> Output:
+def _of_beams(
+    sequences: Tensor, searches: list[BeamSearch], options: Options, shown: Shown, *, sourced: bool
+) -> Output:
     hypotheses = [found for search in searches for found in search.results()]
     seen = [search.rows_seen() for search in searches]
     scores = [found.score for found in hypotheses]
@@ -61,7 +67,13 @@ def _of_beams(sequences: Tensor, searches: list[BeamSearch], options: Options, *
         scores=_steps([torch.stack(own.scores) for own in seen]) if options.output_scores else None,
         logits=_steps([torch.stack(own.logits) for own in seen]) if options.output_logits else None,
         beam_indices=_beam_indices(hypotheses, options).to(sequences.device),
+        **_inside(shown, sourced),
     )
+
+
+def _inside(shown: Shown, sourced: bool) -> dict[str, Any]:
+    """Under the names of transformers' output class; of encoder-decoder models such looks are refused."""
+    return {} if sourced else {"attentions": shown.attentions, "hidden_states": shown.hidden_states}
 
 
 def _steps(rows: list[Tensor]) -> tuple[Tensor, ...]:
@@ -79,7 +91,7 @@ def _beam_indices(hypotheses: list[Hypothesis], options: Options) -> Tensor:
     own = []
     for index, found in enumerate(hypotheses):
         first = index // options.num_return_sequences * options.num_beams
-        own.append(torch.tensor([first + beam for beam in found.beams or ()], dtype=torch.int32))
+        own.append(torch.tensor([first + beam for beam in found.rows], dtype=torch.int32))
     return pad_sequence(own, batch_first=True, padding_value=-1)
 
 

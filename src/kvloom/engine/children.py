@@ -28,7 +28,8 @@ def children(request: Request, host: HostStep, cached: CachedRows | None) -> lis
             tables = row.cached if heirs[parent] == child else cached.fork_tables(row)
         first = host.parents.index(parent) == child
         token_ids = row.token_ids if first else list(row.token_ids)
-        rows.append(Row(token_ids, tables, row.regime, source=row.source, media=row.media))
+        look = None if row.look is None else row.look.after(len(row.token_ids) + 1)
+        rows.append(Row(token_ids, tables, row.regime, source=row.source, media=row.media, look=look))
     for row, token in zip(rows, host.tokens, strict=True):
         row.token_ids.append(token)
     for parent, row in enumerate(request.rows):

@@ -15,6 +15,7 @@ from kvloom.engine.foreign import Pair
 from kvloom.engine.guard import Guard
 from kvloom.engine.holding import Holding, Restored, is_current
 from kvloom.engine.keeping import Keeping
+from kvloom.engine.looking import Look
 from kvloom.engine.queue import Requests
 from kvloom.engine.scoring import CachedScorer, Scored, score_uncached
 from kvloom.errors import InvalidRequest
@@ -47,6 +48,7 @@ class Contexts:
         source: Source | None = None,
         media: Media | None = None,
         retention: Retention | None = None,
+        look: Look | None = None,
     ) -> tuple[Tensor, Holding]:
         """Compute tokens in chunks.
 
@@ -57,6 +59,7 @@ class Contexts:
             source: what the sequence, the context's included, is decoded from.
             media: the images and videos of the sequence.
             retention: the settled policy of the sequence.
+            look: gets what is to be seen of the tokens whose logits are wanted.
 
         Returns:
             logits, float[logits_of, vocab], and a claimed holding of the sequence's tables.
@@ -70,6 +73,7 @@ class Contexts:
             what = f"a context of {tokens:,} tokens"
             admission.refuse_unless_possible(need, what, reserved=self._requests.reserved)
             row = rows.open(token_ids, context, logits_of=logits_of, source=source, media=media, retention=retention)
+            row.look = look
             try:
                 logits = rows.complete(row, step_tokens=admission.step_tokens, logits_of=logits_of)
                 return logits, rows.hold(row, claimed=True)

@@ -163,11 +163,18 @@ class Engine:
     def _start(self, request: Request) -> None:
         token_ids = list(request.prompt_ids)
         if request.use_cache:
-            given, policy = request.context, request.retention
-            row = self._kept.rows.open(token_ids, given, source=request.source, media=request.media, retention=policy)
+            row = self._kept.rows.open(
+                token_ids,
+                request.context,
+                logits_of=request.rows_wanted,
+                source=request.source,
+                media=request.media,
+                retention=request.retention,
+            )
             request.cached_prompt_tokens, request.computed_source_tokens = row.computed, row.encoded
         else:
             row = Row(token_ids, None, None, source=request.source)
+        row.look = request.look
         request.rows = [row]
         request.started = True
 
@@ -211,6 +218,7 @@ class Engine:
     def _hand_on(self, request: Request, step: Step, host: HostStep) -> None:
         """Fork the parents, drop what ended or has no child, hand on the tokens."""
         request.decoder.advance(step, host)
+        request.note_views()
         rows = children(request, host, self._kept.rows if request.use_cache else None)
         request.rows = [row for row, end in zip(rows, host.finished, strict=True) if not end]
         request.finished_rows += [row for row, end in zip(rows, host.finished, strict=True) if end]

@@ -64,6 +64,11 @@ def forward_uncached(binding: Binding, requests: Iterable[Request]) -> int:
         every = binding.forward_uncached(token_ids, source=request.source, media=request.media)
         for row, logits in zip(request.rows, every, strict=True):
             row.logits = logits[-1]
+        if request.wanted is not None:
+            views = binding.views_of(token_ids, request.wanted, source=request.source, media=request.media)
+            for row, view in zip(request.rows, views, strict=True):
+                assert row.look is not None, "the rows of a request are looked at alike"
+                row.look.add(view)
         request.computed_source_tokens += request.source_tokens
         request.computed_prompt_tokens += (prompt_tokens := len(request.rows) * len(request.prompt_ids))
         computed += prompt_tokens

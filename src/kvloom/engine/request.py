@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from kvloom.attention import View, Wanted
 from kvloom.cache import CachedSequence
 from kvloom.cache.retention import Retention
 from kvloom.decoding import Decoder
 from kvloom.engine.holding import Holding
+from kvloom.engine.looking import Look
 from kvloom.models.binding import Regime
 from kvloom.models.media import Media
 from kvloom.models.source import Source
@@ -28,6 +30,7 @@ class Row:
         source: what the sequence is decoded from, where there is an encoder.
         encoded: tokens of the source that the encoder has read for this row; 0 where the cache knew the source.
         media: the images and videos of the sequence; what the row writes behind them is text.
+        look: what its steps have shown since its last token was chosen; None if nobody looks.
     """
 
     token_ids: list[int]
@@ -37,6 +40,7 @@ class Row:
     source: Source | None = None
     encoded: int = 0
     media: Media | None = None
+    look: Look | None = None
 
     @property
     def computed(self) -> int:
@@ -95,6 +99,9 @@ class Request:
         media: the images and videos of the prompt, the context's included.
         keep_tables: whether finished rows keep their tables, for contexts (beams do not: their hypotheses
             outlive their rows).
+        wanted: what is to be seen of its inside; None for nothing.
+        looks_from: then, position of the first prompt token whose rows are kept.
+        views: then, for each token that was chosen, what its rows have shown, in their order.
         kept: by token ids, the tables that finished rows have left behind, once the request is done.
     """
 
@@ -109,6 +116,8 @@ class Request:
     keep_tables: bool = True
     source: Source | None = None
     media: Media | None = None
+    wanted: Wanted | None = None
+    looks_from: int = 0
 
     id: int = -1
     rows: list[Row] = field(default_factory=list)
@@ -118,6 +127,7 @@ class Request:
     streamed: list[tuple[int, float]] = field(default_factory=list)
     finished_rows: list[Row] = field(default_factory=list)
     kept: dict[tuple[int, ...], Holding] = field(default_factory=dict)
+    views: list[list[View]] = field(default_factory=list)
     cached_prompt_tokens: int = 0
     computed_prompt_tokens: int = 0
     computed_source_tokens: int = 0
@@ -138,6 +148,22 @@ class Request:
     def pending_prompt_tokens(self) -> int:
         """Prompt tokens that are still to be computed."""
         return sum(row.pending for row in self.rows if row.pending > 1)
+
+    @property
+    def look(self) -> Look | None:
+        """What its first row is looked at by."""
+        return None if self.wanted is None else Look(self.wanted, self.looks_from)
+
+    @property
+    def rows_wanted(self) -> int:
+        """Of how many of the prompt's last tokens something is wanted, so that they must run."""
+        return 1 if self.wanted is None else len(self.prompt_ids) - self.looks_from
+
+    def note_views(self) -> None:
+        """Keep what the rows have shown, whose next tokens are chosen."""
+        if self.wanted is not None:
+            looks = [(row.look, len(row.token_ids)) for row in self.rows]
+            self.views.append([look.view(tokens) for look, tokens in looks if look is not None])
 
     def describe(self) -> str:
         """The request in the words of an error message."""

@@ -22,6 +22,7 @@ from kvloom.cache.retention import Retention
 from kvloom.cache.snapshot import Beside, Origin, SnapshotReader, as_regime, write_snapshot
 from kvloom.engine.foreign import Pair
 from kvloom.engine.holding import Holding, Holdings, Restored
+from kvloom.engine.looking import note_views
 from kvloom.engine.request import Row
 from kvloom.engine.retaining import begin, retain
 from kvloom.errors import CacheFull, InvalidRequest
@@ -240,8 +241,13 @@ class CachedRows:
         """
         extension = self._extend(work)
         try:
-            plan = build_plan(self._cache, extension, logits=logits, device=self._binding.device)
-            token_ids = [token for row, count in work for token in row.token_ids[row.computed - count : row.computed]]
+            looks = [row.look for row, _ in work]
+            wanted = [None if look is None else look.wanted for look in looks]
+            plan = build_plan(self._cache, extension, logits=logits, device=self._binding.device, wanted=wanted)
+            parts = [(row.token_ids, row.computed - count, row.computed) for row, count in work]
+            if self._binding.counting is not None:
+                plan = self._binding.counting.of_step(plan, parts)
+            token_ids = [token for ids, first, end in parts for token in ids[first:end]]
             result = self._binding.forward(
                 torch.tensor(token_ids, device=self._binding.device),
                 plan,
@@ -260,6 +266,7 @@ class CachedRows:
         if on_held is not None:
             on_held()
         retain(self._cache, extension.sequences, plan)
+        note_views(plan, looks)
         return result
 
     def _extend(self, work: Sequence[tuple[Row, int]]) -> Extension:

@@ -8,9 +8,9 @@ the model is as its owner left it, so the owner's own calls give the same bits a
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvloom.attention import Plan, torch_ops
+from kvloom.attention import Plan, Wanted, torch_ops
 from kvloom.attention.native import NativeAttention, kernels_for
 from kvloom.attention.turn import Turn
 from kvloom.cache import AnyStore, CacheLayout, MixedKept, Store
 from kvloom.errors import ModelError, UnsupportedModel
 from kvloom.models.binding import Regime
 from kvloom.models.hosted import HostedModel
+from kvloom.models.inside import asked, hidden_states_in, without_traces
 from kvloom.models.looking import LOOK, Look, look
 from kvloom.models.media import Media
 from kvloom.models.native import NativePath
@@ -89,6 +90,8 @@ def _attention(
         output = torch_ops.attend(queries, keys, values, plan, **options, turn=turn, bounds=bounds)
     if plan.observation is not None:
         plan.observation.add(queries, keys, plan, **options)
+    if kvloom.plan.views is not None:
+        kvloom.plan.views.add_attention(queries, keys, plan, **options)
     # Some models go on with `view`, which wants what their own attention returns: contiguous.
     return output[None].contiguous(), None
 
@@ -115,7 +118,6 @@ class AttentionInterfaceBinding(HostedModel):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
-        self._configs = _configs_of(model, self._text_config)
         source = None if self.encoder is None else self.encoder.trial_source().tokens
         self.calls = run_probe(model, self._forward_probe, self.max_tokens or 32_768, source=source)
         self._layer_of = {call.module: index for index, call in enumerate(self.calls)}
@@ -157,6 +159,10 @@ class AttentionInterfaceBinding(HostedModel):
                 or any(group.retains for group in plan.groups)  # that goes through the modules' attention
             ):
                 return self.forward_by_modules(token_ids, plan, store, regime=regime, media=media)
+            if plan.views is not None:
+                # Kernels show nothing. What the modules write is written again, so looking changes no bit.
+                self.forward_by_modules(token_ids, plan, store, regime=regime)
+                plan = replace(plan, views=None)
             if (whole := self.native.whole()) is not None:
                 return whole.forward(token_ids, plan, store)
             with self.native.layers(plan, store):
@@ -180,18 +186,24 @@ class AttentionInterfaceBinding(HostedModel):
             self._group_of_layer = store.layout.group_of_layer
         step = _Step(self._kernels_for(store)[0], plan, store, self._layer_of, self._group_of_layer, self._turns)
         inputs_of = self._step_inputs(token_ids, plan, media)
+        shown = {} if plan.views is None else asked(Wanted(hidden_states=plan.views.wanted.hidden_states))
         with (
             self._lock,
             self._rotary.fixed(regime),
             self._packed(),
             inputs_of as inputs,
-            self._attention_is(NAME),
+            self._implementation.set_to(NAME),
+            without_traces(self.model) if shown else nullcontext(),
         ):
             output = self.model(
                 **inputs,
+                **shown,
                 kvloom=step,
                 **({"logits_to_keep": plan.logit_rows} if self._keeps_logits else {}),
             )
+        if plan.views is not None:
+            states = hidden_states_in(output, plan.views.wanted)
+            plan.views.add_hidden_states(tuple(own[0] for own in states), plan.groups[0])
         logits: Tensor = output.logits[0]
         return logits if self._keeps_logits else logits[plan.logit_rows]
 
@@ -254,7 +266,7 @@ class AttentionInterfaceBinding(HostedModel):
             logits: Tensor = self.model(input_ids=token_ids[None].to(self.device), use_cache=False, kvloom=seen).logits
             return logits[0]
 
-        with self._lock, self._attention_is(LOOK), self._rotary.fixed(self.regime(len(token_ids))):
+        with self._lock, self._implementation.set_to(LOOK), self._rotary.fixed(self.regime(len(token_ids))):
             return look(forward, {call.module: call.shape.reach for call in self.calls}, causal=causal)
 
     def pack(self, *, exclusive: bool) -> None:
@@ -290,7 +302,7 @@ class AttentionInterfaceBinding(HostedModel):
         with (
             torch.no_grad(),
             self._lock,
-            self._attention_is(PROBE),
+            self._implementation.set_to(PROBE),
             self._rotary.fixed(self.regime(PROBE_TOKENS)),
         ):
             self.model(**inputs, kvloom=probe)
@@ -298,31 +310,9 @@ class AttentionInterfaceBinding(HostedModel):
     @torch.no_grad()
     def _forward_turning(self, positions: Tensor, recorded: Recorded) -> Tensor:
         token_ids = torch.full((1, len(positions)), min(1, self.vocab_size - 1), device=self.device)
-        with self._lock, self._attention_is(TURNING), self._packed():
+        with self._lock, self._implementation.set_to(TURNING), self._packed():
             output = self.model(
                 input_ids=token_ids, position_ids=positions[None].to(self.device), use_cache=False, kvloom=recorded
             )
         logits: Tensor = output.logits[0]
         return logits
-
-    @contextmanager
-    def _attention_is(self, implementation: str) -> Iterator[None]:
-        """Within the block the decoder uses `implementation`; encoders and vision towers keep their own."""
-        saved = [config._attn_implementation_internal for config in self._configs]
-        try:
-            for config in self._configs:
-                config._attn_implementation_internal = implementation
-            yield
-        finally:
-            for config, own in zip(self._configs, saved, strict=True):
-                config._attn_implementation_internal = own
-
-
-def _configs_of(model: PreTrainedModel, text_config: Any) -> list[Any]:
-    """The config objects that the decoder's modules ask for their attention implementation."""
-    configs = {id(text_config): text_config}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if isinstance(config, type(text_config)):
-            configs[id(config)] = config
-    return list(configs.values())

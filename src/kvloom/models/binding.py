@@ -8,13 +8,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvloom.attention import Plan
+from kvloom.attention import Plan, View, Wanted
 from kvloom.attention.turn import Turn
 from kvloom.cache import AnyStore, Codec, LayerShape
 from kvloom.errors import InvalidRequest
 from kvloom.models.identity import Identity
 from kvloom.models.media import Media
 from kvloom.models.operations import Operation
+from kvloom.models.positions import Counting
 from kvloom.models.source import Source, SourceReader
 from kvloom.models.vision import Vision
 
@@ -65,6 +66,11 @@ class Binding(Protocol):
         """How the model takes images and videos; None if it takes none."""
         ...
 
+    @property
+    def counting(self) -> Counting | None:
+        """How the model counts positions; None if they are the tokens' indices, which plans hold."""
+        ...
+
     def check_ready(self) -> None:
         """Raise `UnsupportedModel` if the model is in a state in which it cannot be decoded (training mode)."""
         ...
@@ -99,10 +105,20 @@ class Binding(Protocol):
         """
         ...
 
+    def check_shows(self, wanted: Wanted) -> None:
+        """Raise `UnsupportedOption` if the model cannot show this of its inside; the message is the reason."""
+        ...
+
+    def views_of(
+        self, token_ids: Tensor, wanted: Wanted, *, source: Source | None = None, media: Media | None = None
+    ) -> list[View]:
+        """What the model's own forward shows of whole sequences, int64[batch, tokens]: a view of each."""
+        ...
+
     def forward(
         self, token_ids: Tensor, plan: Plan, store: AnyStore, *, regime: Regime, media: Sequence[Media | None] = ()
     ) -> Tensor:
-        """Run one ragged row: write its keys and values into the store, read by the plan.
+        """Run one ragged row: write its keys and values into the store, read by the plan, and fill the plan's `views`.
 
         Args:
             token_ids: int64[tokens].

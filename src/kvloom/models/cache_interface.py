@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from kvloom.attention import Plan
+from kvloom.attention import Plan, Views
 from kvloom.cache import AnyStore, LayerShape, Reach, Store, in_own_dtype
 from kvloom.errors import KVLoomError, UnsupportedModel
 from kvloom.models.binding import Regime
-from kvloom.models.dense import DenseBatch, run_dense, run_order
+from kvloom.models.dense import DenseBatch, dense_batches, run_dense, run_order
 from kvloom.models.encoder import Encoded
 from kvloom.models.hosted import WINDOW_FIELDS, HostedModel
+from kvloom.models.inside import asked, views_in
 from kvloom.models.media import Media
 from kvloom.models.probe import PROBE_TOKENS, AttentionCall
 from kvloom.models.step_cache import step_cache
@@ -58,7 +59,21 @@ class CacheInterfaceBinding(HostedModel):
         """One pass for each set of rows of equal lengths; logits in the order of the plan."""
         kept = in_own_dtype(store)
         with self._lock, self._rotary.fixed(regime), self._packed():
-            return run_dense(plan, self.device, lambda batch: self._run(token_ids[batch.rows], batch, kept))
+            if plan.views is not None:
+                self._show(token_ids, plan, plan.views, kept)
+            return run_dense(plan, self.device, lambda batch: self._run(token_ids, plan, batch, kept))
+
+    def _show(self, token_ids: Tensor, plan: Plan, views: Views, store: Store) -> None:
+        """Run a step to be looked at. What it writes is written again, so looking changes nothing."""
+        wanted = views.wanted
+        with self._looked_into(wanted):
+            for batch in dense_batches(plan, self.device):
+                cache = step_cache(store, self.layers, batch)
+                inputs = self._inputs(token_ids, plan, batch)
+                output = self.model(**inputs, **asked(wanted), past_key_values=cache, use_cache=True)
+                lengths = batch.source_tokens
+                for index, view, tokens in zip(batch.members, views_in(output, wanted), lengths, strict=True):
+                    views.add(index, view.of_source(tokens))
 
     def windows(self) -> set[int]:
         """The limits that the configs name: the model masks by itself, and the cache keeps everything."""
@@ -70,24 +85,24 @@ class CacheInterfaceBinding(HostedModel):
         """The order in which `forward` runs the rows of a plan."""
         return run_order(plan)
 
-    def _run(self, token_ids: Tensor, batch: DenseBatch, store: Store) -> Tensor:
-        """Logits, float[batch, wanted, vocab], of int64[batch, count] token ids."""
+    def _run(self, token_ids: Tensor, plan: Plan, batch: DenseBatch, store: Store) -> Tensor:
+        """Logits, float[batch, wanted, vocab]."""
         cache = step_cache(store, self.layers, batch)
         wanted = torch.arange(batch.count - batch.wanted, batch.count, device=self.device)
         keep = {"logits_to_keep": wanted} if self._keeps_logits else {}
-        output = self.model(**self._inputs(token_ids, batch), past_key_values=cache, use_cache=True, **keep)
+        output = self.model(**self._inputs(token_ids, plan, batch), past_key_values=cache, use_cache=True, **keep)
         logits: Tensor = output.logits if self._keeps_logits else output.logits[:, wanted]
         return logits
 
-    def _inputs(self, token_ids: Tensor, batch: DenseBatch) -> dict[str, Any]:
-        """A batch as the model takes it. Positions are passed as `generate` does, or follow from the cache's length."""
+    def _inputs(self, token_ids: Tensor, plan: Plan, batch: DenseBatch) -> dict[str, Any]:
+        """A batch of int64[tokens] as the model takes it. Positions are passed, or follow from the cache's length."""
+        own = token_ids[batch.rows]
         if batch.source is not None:
             hidden = torch.zeros((batch.batch, batch.source.tokens, 1), dtype=self.dtype, device=self.device)
             encoded = Encoded(last_hidden_state=hidden)
-            return {"decoder_input_ids": token_ids, "encoder_outputs": encoded, "attention_mask": batch.source.seen}
-        positions = torch.arange(batch.past, batch.past + batch.count, device=self.device)
-        given = {"position_ids": positions.expand(batch.batch, -1)} if self._takes_positions else {}
-        return {"input_ids": token_ids, **given}
+            return {"decoder_input_ids": own, "encoder_outputs": encoded, "attention_mask": batch.source.seen}
+        given = {"position_ids": plan.positions[batch.rows]} if self._takes_positions else {}
+        return {"input_ids": own, **given}
 
     def _trial(self) -> tuple[AttentionCall, ...]:
         """One trial pass, which shows what each layer puts into a cache, and which module does it."""

@@ -7,14 +7,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kvloom.attention import Plan
+from kvloom.attention import Plan, View, Wanted
 from kvloom.attention.turn import Turn
 from kvloom.cache import AnyStore, LayerShape
-from kvloom.errors import UnsupportedModel
+from kvloom.errors import UnsupportedModel, UnsupportedOption
 from kvloom.models.binding import Regime
 from kvloom.models.identity import Identity
 from kvloom.models.media import Media
 from kvloom.models.operations import Operation
+from kvloom.models.positions import Counting
 from kvloom.models.source import Source, SourceReader
 from kvloom.models.vision import Vision
 
@@ -35,6 +36,7 @@ class CallableBinding:
     reads_codes = False
     encoder: SourceReader | None = None
     vision: Vision | None = None
+    counting: Counting | None = None
 
     def __init__(
         self,
@@ -70,6 +72,17 @@ class CallableBinding:
     def turns(self) -> tuple[Turn | None, ...]:
         """Refused: what a callable does with positions cannot be seen."""
         raise UnsupportedModel("a callable does not show its attention")
+
+    def check_shows(self, wanted: Wanted) -> None:
+        """Refused: a callable gives logits and nothing else."""
+        name = "output_attentions" if wanted.attentions else "output_hidden_states"
+        raise UnsupportedOption(f"`{name}` is not supported: of a callable only its logits can be seen.")
+
+    def views_of(
+        self, token_ids: Tensor, wanted: Wanted, *, source: Source | None = None, media: Media | None = None
+    ) -> list[View]:
+        """Never called: see `check_shows`."""
+        raise AssertionError("a callable shows nothing")
 
     def forward(
         self, token_ids: Tensor, plan: Plan, store: AnyStore, *, regime: Regime, media: Sequence[Media | None] = ()

@@ -43,6 +43,7 @@ class DenseBatch:
     """Sequences of a step that run together.
 
     Attributes:
+        members: which of the plan's sequences they are.
         rows: int64[batch, count], their new tokens' rows of the ragged row.
         past: tokens that each has behind it.
         wanted: of how many of its last new tokens a row's logits are wanted, at most.
@@ -53,6 +54,7 @@ class DenseBatch:
         source: None without cross-attention.
     """
 
+    members: tuple[int, ...]
     rows: Tensor
     past: int
     wanted: int
@@ -72,6 +74,14 @@ class DenseBatch:
         """New tokens of each."""
         return int(self.rows.shape[1])
 
+    @property
+    def source_tokens(self) -> list[int]:
+        """How long the source of each is; 0 without one."""
+        if self.source is None or self.source.seen is None:
+            return [0 if self.source is None else self.source.tokens] * self.batch
+        lengths: list[int] = self.source.seen.sum(dim=1).tolist()
+        return lengths
+
 
 def dense_batches(plan: Plan, device: torch.device) -> list[DenseBatch]:
     """The batches of a step, in the order of their first sequences."""
@@ -83,6 +93,7 @@ def dense_batches(plan: Plan, device: torch.device) -> list[DenseBatch]:
     wanted = plan.logit_rows.cpu().numpy()
     return [
         _batch(
+            members,
             [own.sources[index] for index in members],
             None if cross is None else [cross.sources[index] for index in members],
             own.write_slots,
@@ -119,6 +130,7 @@ def run_order(plan: Plan) -> list[int]:
 
 
 def _batch(
+    members: Sequence[int],
     own: Sequence[Reads],
     sources: Sequence[Reads] | None,
     write_slots: Tensor,
@@ -141,6 +153,7 @@ def _batch(
     most = int(count - tokens.min()) if len(places) else 0
     flat = _tensor(rows.flatten(), device)
     return DenseBatch(
+        members=tuple(members),
         rows=_tensor(rows, device),
         past=past,
         wanted=most,

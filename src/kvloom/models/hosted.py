@@ -6,27 +6,31 @@ import hashlib
 import inspect
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvloom.attention import Plan
+from kvloom.attention import Plan, View, Wanted
 from kvloom.attention.turn import Turn
 from kvloom.cache import AnyStore, LayerShape
 from kvloom.errors import UnsupportedModel
 from kvloom.models.binding import Regime
 from kvloom.models.encoder import Encoder
 from kvloom.models.identity import Identity, identify
+from kvloom.models.implementation import Implementation
+from kvloom.models.inside import asked, views_in, without_traces
 from kvloom.models.media import Media
 from kvloom.models.operations import Operation, linear_operations
 from kvloom.models.packed import PackedLinears
 from kvloom.models.packings import choose_packing
+from kvloom.models.positions import counting_of
 from kvloom.models.probe import AttentionCall
 from kvloom.models.rotary import RotaryRegimes
+from kvloom.models.showcheck import prove_shows
 from kvloom.models.showing import Showing, fresh_rotary_deltas
 from kvloom.models.source import Source
 from kvloom.models.vision import Vision
@@ -43,6 +47,7 @@ class HostedModel(ABC):
 
     Attributes:
         encoder: what reads the source of an encoder-decoder model; None for a causal model.
+        counting: how positions are counted; None if they are the tokens' indices.
         calls: the attention modules that keep keys and values, in the order of `layers`.
         vision: how the model takes images; None if it takes none.
         showing: hands images to it; None likewise.
@@ -66,13 +71,16 @@ class HostedModel(ABC):
         _refuse_by_config(model)
         self.encoder = Encoder(model) if model.config.is_encoder_decoder else None
         self._text_config: Any = model.config.get_text_config(decoder=True)
+        self._implementation = Implementation(model, self._text_config)
         self._rotary = RotaryRegimes(model)
+        self.counting = counting_of(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         trial = None if self.encoder is None else self.encoder.trial_source()
         self.vocab_size = int(self.forward_own(torch.zeros((1, 1), dtype=torch.int64), source=trial).shape[-1])
         self.max_tokens = self._find_max_tokens()
         self.packed: PackedLinears | None = None
         self._identity: tuple[bytes, Identity] | None = None
+        self._shows: set[Wanted] = set()
 
     @property
     def layers(self) -> tuple[LayerShape, ...]:
@@ -206,6 +214,35 @@ class HostedModel(ABC):
             logits: Tensor = self.model(**inputs, use_cache=False, **keep).logits
         return logits if last is None else logits[:, -last:]
 
+    @torch.no_grad()
+    def views_of(
+        self, token_ids: Tensor, wanted: Wanted, *, source: Source | None = None, media: Media | None = None
+    ) -> list[View]:
+        """What the model's own forward shows of whole sequences: the reference of what the cache shows."""
+        keep = {"logits_to_keep": 1} if self._keeps_logits else {}
+        with (
+            self._lock,
+            self._rotary.fixed(self.regime(token_ids.shape[1])),
+            fresh_rotary_deltas(self.model),
+            self._own_inputs(token_ids.to(self.device), source, media) as inputs,
+            self._looked_into(wanted),
+        ):
+            output = self.model(**inputs, **asked(wanted), **keep, use_cache=False)
+        return views_in(output, wanted)
+
+    def check_shows(self, wanted: Wanted) -> None:
+        """Refuse what the model does not show of itself, tried when it is first wanted."""
+        if wanted not in self._shows:
+            prove_shows(self, wanted)
+            self._shows.add(wanted)
+
+    @contextmanager
+    def _looked_into(self, wanted: Wanted) -> Iterator[None]:
+        """Within the block a forward pass can show what is wanted: weights come from eager attention alone."""
+        eager = self._implementation.set_to("eager") if wanted.attentions else nullcontext()
+        with without_traces(self.model), eager:
+            yield
+
     def _own_inputs(
         self, token_ids: Tensor, source: Source | None, media: Media | None
     ) -> AbstractContextManager[dict[str, Any]]:
@@ -260,6 +297,7 @@ class HostedModel(ABC):
             trained = getattr(self.model.config, "max_target_positions", trained)
         if trained is None:
             return None
+        trained -= 0 if self.counting is None else self.counting.unused
         # A temperature by row index is right as long as it is that of the first interval, as for every short row.
         late = [scale for scale in row_scales(self.model) if scale > MOST_ROWS]
         trained = min([trained, *(scale - 1 for scale in late)])

@@ -14,7 +14,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, cycle
 from typing import Any, Protocol
 
 import torch
@@ -28,11 +28,7 @@ from kvloom.models.hosted import MOST_ROWS, WINDOW_FIELDS, HostedModel
 from kvloom.models.media import Media
 from kvloom.models.probe import AttentionCall
 from kvloom.models.source import Source
-
-# Largest relative error of a row, by dtype. A model that is attached wrongly misses by some 10 to 100 per cent.
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
-# In 16 bits a few rows may differ more outside of attention, where a mixture of experts sits on a tie.
-TIES_QUANTILE = 0.75
+from kvloom.models.tolerance import TIES_QUANTILE, TOLERANCE
 
 CHECK_TOKENS = 44
 DECODED_TOKENS = 2
@@ -204,7 +200,10 @@ class _Runner:
         logits_of = [min(count, CHECKED_LOGITS) for *_, count in requests]
         plan = build_plan(self._cache, extension, logits=logits_of, device=self._binding.device)
         new = [(index, slice(sequence.tokens - count, sequence.tokens)) for index, sequence, count in requests]
-        token_ids = [token for index, tokens in new for token in self._sequences[index].token_ids[tokens]]
+        parts = [(self._sequences[index].token_ids, tokens.start, tokens.stop) for index, tokens in new]
+        if self._binding.counting is not None:
+            plan = self._binding.counting.of_step(plan, parts)
+        token_ids = [token for ids, first, end in parts for token in ids[first:end]]
         own = {
             name: torch.cat([self._own[index].rows[name][tokens] for index, tokens in new])
             for name in self._own[0].rows
@@ -256,8 +255,9 @@ def _recorded(
     rows: dict[str, Tensor] = {}
     passes: dict[str, list[Tensor]] = {}
 
-    def before(name: str) -> Any:
+    def before(names: Iterator[str]) -> Any:
         def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            name = f"the input of {next(names)}"
             hidden = named.get("hidden_states", inputs[0] if inputs else None)
             if not isinstance(hidden, Tensor) or hidden.dim() != 3:
                 return None
@@ -273,17 +273,17 @@ def _recorded(
 
         return hook
 
-    def after(name: str) -> Any:
+    def after(names: Iterator[str]) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             own = (output[0] if isinstance(output, tuple) else output).flatten(0, -2).detach()
-            passes.setdefault(name, []).append(own)
+            passes.setdefault(next(names), []).append(own)
 
         return hook
 
     handles = []
-    for call in binding.calls:
-        handles.append(call.module.register_forward_pre_hook(before(f"the input of `{call.name}`"), with_kwargs=True))
-        handles.append(call.module.register_forward_hook(after(f"`{call.name}`")))
+    for module, names in _names_of(binding).items():
+        handles.append(module.register_forward_pre_hook(before(cycle(names)), with_kwargs=True))
+        handles.append(module.register_forward_hook(after(cycle(names))))
     try:
         yield rows
     finally:
@@ -292,15 +292,23 @@ def _recorded(
         for name, parts in passes.items():
             rows[name] = torch.cat(parts)
             if order is not None:
-                rows[name] = torch.empty_like(rows[name]).index_copy_(
-                    0, torch.tensor(order, device=rows[name].device), rows[name]
-                )
+                places = torch.tensor(order, device=rows[name].device)
+                rows[name] = torch.empty_like(rows[name]).index_copy_(0, places, rows[name])
+
+
+def _names_of(binding: Provable) -> dict[nn.Module, list[str]]:
+    """For each attention module a name, or one for each of its runs in a pass: a model may loop over its layers."""
+    names: dict[nn.Module, list[str]] = {}
+    for call in binding.calls:
+        earlier = names.setdefault(call.module, [])
+        earlier.append(f"`{call.name}`" + (f" in run {len(earlier) + 1}" if earlier else ""))
+    return names
 
 
 def _compare(binding: Provable, own: _Trace, cached: _Trace, checked: Sequence[int]) -> float:
     """The largest relative error; raises at the first layer beyond the tolerance."""
     tolerance = TOLERANCE.get(binding.dtype, TOLERANCE[torch.bfloat16])
-    attention = {f"`{call.name}`" for call in binding.calls}
+    attention = {name for names in _names_of(binding).values() for name in names}
     worst = 0.0
     compared = [(name, expected, cached.rows[name]) for name, expected in own.rows.items()]
     for name, expected, got in [*compared, ("the logits", own.logits, cached.logits)]:

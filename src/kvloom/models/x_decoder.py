@@ -16,7 +16,7 @@ from kvloom.cache import CachedSequence, CacheLayout, KVCache, LayerShape, Store
 from kvloom.errors import AttachMismatch, KVLoomError, UnsupportedModel
 from kvloom.models.cached_callable import digest_of_writes
 from kvloom.models.dense import DenseBatch, dense_batches
-from kvloom.models.selfcheck import TOLERANCE
+from kvloom.models.tolerance import TOLERANCE
 from kvloom.models.x_transformers import attention_layers, gathered, layer_cache, refuse_decoder, rows_of, source_dim
 
 TRIAL_TOKENS, TRIAL_SOURCE_TOKENS = 3, 5

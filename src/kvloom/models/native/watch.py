@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as module_globals
 from torch.utils.hooks import RemovableHandle
+from transformers.utils import output_capturing
 
 from kvloom.models.packed import LookedUp, PackedLinear
 
@@ -37,7 +38,7 @@ class Watch:
     def runs_the_same(self) -> bool:
         """Whether calling the modules would still run nothing but what was there."""
         return not (
-            any(self._hooks)
+            any(_has_hooks(own) for own in self._hooks)
             or module_globals._has_any_global_hook()  # type: ignore[no-untyped-call]
             or any(own.get("forward") is not forward for own, forward in self._forwards)
             or any(kind.forward is not forward for kind, forward in self._types.items())
@@ -61,4 +62,13 @@ def is_plain(module: nn.Module) -> bool:
     """Whether calling it runs its class's forward, or its packed weight's, and no hooks."""
     forward: Any = vars(module).get("forward")
     ours = forward is None or isinstance(getattr(forward, "__self__", None), PackedLinear | LookedUp)
-    return ours and not module._forward_hooks and not module._forward_pre_hooks
+    return ours and not _has_hooks(module._forward_hooks) and not _has_hooks(module._forward_pre_hooks)
+
+
+def _has_hooks(hooks: Mapping[int, Callable[..., Any]]) -> bool:
+    """Whether any of them does something.
+
+    Those by which transformers captures hidden states stay on a model that was once asked for them, and wait for the
+    next time.
+    """
+    return any(getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks.values())
