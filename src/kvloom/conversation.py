@@ -152,6 +152,8 @@ class Conversation:
             "turns": [_told(turn) for turn in self.turns],
             "token_ids": [] if self.context is None else list(self.context.token_ids),
         }
+        if file.exists() and not file.is_file():
+            raise InvalidRequest(f"`{file}` is no regular file, so a conversation cannot take its place.")
         if self.context is not None and self.lm.engine.cache is not None:
             self.context.save(_beside(file))
         aside = file.with_name(f".{file.name}.{os.getpid()}")
@@ -246,4 +248,12 @@ def _read(file: Path) -> dict[str, Any]:
         raise InvalidRequest(f"`{file}` is no saved conversation.") from error
     if not isinstance(told, dict) or told.get("format") != FORMAT:
         raise InvalidRequest(f"`{file}` is no saved conversation.")
+    try:
+        turns = [Turn(**turn) for turn in told["turns"]]
+        whole = all(isinstance(turn.said + turn.answer, str) and turn.tokens_before >= 0 for turn in turns)
+        whole = whole and isinstance(told["token_ids"], list) and isinstance(told["system"], str | None)
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise InvalidRequest(f"`{file}` is a damaged conversation: it lacks something, or holds it in another form.")
     return told

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvloom.errors import InvalidRequest
+from kvloom.text import refuse_half_characters
 
 SOURCES = {"image": ("image", "url", "path", "base64"), "video": ("video", "url", "path")}
 """Where a block says what it shows; the first that is there counts."""
@@ -111,6 +112,7 @@ class Chat:
     # ---- tokens and pixels ---------------------------------------------------------------------------------
 
     def _encode(self, text: str, shown: dict[str, list[Any]], *, at_start: bool) -> Mapping[str, Any]:
+        refuse_half_characters(text)
         if self._processor is None:
             return {"input_ids": list(self._tokenizer(text, add_special_tokens=False).input_ids)}
         bos = self._tokenizer.bos_token

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvloom.errors import InvalidRequest
+
 INCOMPLETE = "\ufffd"
 """What a tokenizer decodes to while the bytes of a character are not complete."""
 
@@ -19,6 +21,7 @@ SEAM_TOKENS = 32
 
 def encode_start(tokenizer: Any, text: str) -> list[int]:
     """Token ids of text at the start of a sequence, with the special tokens that the tokenizer adds."""
+    refuse_half_characters(text)
     return list(tokenizer(text).input_ids)
 
 
@@ -28,6 +31,7 @@ def encode_continuation(tokenizer: Any, text: str) -> list[int]:
     Some tokenizers put a space before whatever they encode. Then the text is encoded behind an anchor, whose
     own tokens are cut off again.
     """
+    refuse_half_characters(text)
     plain = list(tokenizer(text, add_special_tokens=False).input_ids)
     anchor = "\n"
     before = list(tokenizer(anchor, add_special_tokens=False).input_ids)
@@ -35,6 +39,17 @@ def encode_continuation(tokenizer: Any, text: str) -> list[int]:
     if before and anchored[: len(before)] == before and anchored[len(before) :] != plain:
         return anchored[len(before) :]
     return plain
+
+
+def refuse_half_characters(text: str) -> None:
+    """Raise `InvalidRequest` for lone surrogates, as undecodable bytes become in Python: no tokenizer takes them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"the text holds {text[error.start]!a}, half of a surrogate pair and no character by itself; most likely "
+            "it was read from bytes that are not UTF-8. Decode these as what they are."
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,17 @@ def test_a_prompt_without_tokens_is_refused(lm: LanguageModel, prompt: Any) -> N
         lm.generate(prompt)
 
 
+def test_text_that_is_no_text_is_refused(stories: LanguageModel) -> None:
+    calls = (
+        lambda: stories.generate("a\udcff"),
+        lambda: stories.prefill("a\udcff"),
+        lambda: stories.score(["b\udcff"], prompt="a"),
+    )
+    for call in calls:
+        with pytest.raises(InvalidRequest, match=r"the text holds '\\udcff', half of a surrogate pair"):
+            call()
+
+
 def test_an_empty_text_is_refused(stories: LanguageModel) -> None:
     with pytest.raises(EmptyPrompt, match=r"empty.*bos_token_id"):
         stories.generate("")

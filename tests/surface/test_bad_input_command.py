@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,6 +105,47 @@ def test_a_prompt_longer_than_the_context_is_refused(stories260k: Path) -> None:
 def test_a_prompt_that_is_no_text_is_refused() -> None:
     shown = CliRunner().invoke(command, ["generate", "-"], input=b"\xff\xfe")
     assert shown.exit_code == 2 and "not UTF-8 text" in shown.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "a\udcff"],
+        ["score", "a", "-c", "\udcff"],
+        ["explain", "a b \udcff"],
+        ["generate", "a", "--stop", "\udcff"],
+    ],
+)
+def test_an_argument_that_is_no_text_is_refused(arguments: list[str]) -> None:
+    shown = CliRunner().invoke(command, arguments)
+    assert shown.exit_code == 2
+    assert shown.stderr.startswith("kvloom: ") and "not UTF-8 text" in shown.stderr
+
+
+PLAIN_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+"""One in which Python reads and writes ASCII."""
+
+
+def test_in_a_locale_without_chinese_it_is_read_all_the_same_and_nothing_breaks() -> None:
+    def said(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[bytes]:
+        line = [sys.executable, "-m", "kvloom", *arguments]
+        return subprocess.run(line, env={**os.environ, **environment}, capture_output=True, timeout=120)
+
+    arguments = ("generate", "从前", "--max-new-tokens", "2", "--json", "-q")
+    plain, utf8 = said(PLAIN_LOCALE, *arguments), said({"PYTHONUTF8": "1"}, *arguments)
+    texts = [[json.loads(own.stdout)[name] for name in ("prompt", "prompt_token_ids")] for own in (plain, utf8)]
+    assert texts[0] == texts[1] and texts[0][0] == "从前"
+    shown = said(PLAIN_LOCALE, "score", "从前", "-c", "有")
+    assert (shown.returncode, shown.stderr.count(b"Traceback")) == (0, 0)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [["plan"], ["generate", "a", "--max-new-tokens", "1", "-q"]])
+def test_a_full_disk_is_one_line(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        line = [sys.executable, "-m", "kvloom", *arguments]
+        shown = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (shown.returncode, shown.stderr) == (1, "kvloom: No space left on device.\n")
 
 
 def test_without_a_command_the_help_stands_on_stderr() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import tiny
 from counting import available_blocks
 from kvloom.cli import kvloom as command
 from kvloom.conversation import Conversation
-from kvloom.errors import PromptTooLong
+from kvloom.errors import InvalidRequest, PromptTooLong
 
 SHARED = Path(__file__).parents[3] / "shared"
 TOKENIZER = SHARED / "tokenizers" / "qwen2"
@@ -123,6 +124,32 @@ def test_a_saved_conversation_goes_on_as_the_first_would_have(lm: kvloom.Languag
     assert again.load(tmp_path / "talk.json") is None
     assert "".join(again.say(" near the sea")) == expected
     assert again.last.usage.computed_prompt_tokens == talking.last.usage.computed_prompt_tokens
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"turns": None}, {"turns": [{"a": 1}]}, {"token_ids": "x"}, {"system": 5}],
+    ids=lambda own: next(iter(own)),
+)
+def test_a_damaged_conversation_is_refused_and_the_present_one_stays(
+    lm: kvloom.LanguageModel, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    talking = talk(lm)
+    "".join(talking.say("A fox"))
+    talking.save(tmp_path / "fox")
+    told = json.loads((tmp_path / "fox").read_text()) | changes
+    (tmp_path / "fox").write_text(json.dumps({name: value for name, value in told.items() if value is not None}))
+    with pytest.raises(InvalidRequest, match="is a damaged conversation"):
+        talking.load(tmp_path / "fox")
+    assert len(talking.turns) == 1
+
+
+def test_a_device_is_not_replaced_by_a_conversation(lm: kvloom.LanguageModel, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    talking = talk(lm)
+    with pytest.raises(InvalidRequest, match="no regular file"):
+        talking.save(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_another_models_keys_and_values_are_not_used(lm: kvloom.LanguageModel, tmp_path: Path) -> None:

@@ -38,6 +38,12 @@ def test_earlier_tokens_stay_under_the_mask_and_change_without_it() -> None:
     assert min(seen.without_mask.weights, seen.without_mask.keys, seen.without_mask.values) > 1e-3
 
 
+def test_tokens_that_are_parts_of_characters_read_as_their_bytes() -> None:
+    seen = observe(kvloom.load(), "从 🙂\n\nfox")
+    said = "".join(seen.tokens).replace("␣", "20").replace("↵", "0A").replace(" ", "")
+    assert said == "从 🙂\n\n".encode().hex().upper() + "fox"
+
+
 def test_looking_leaves_the_model_as_it_was() -> None:
     model = tiny.tiny_model("llama")
     before = model(torch.tensor([IDS])).logits

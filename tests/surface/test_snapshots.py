@@ -436,6 +436,13 @@ def test_a_place_where_no_file_can_be_is_refused(lm: LanguageModel, tmp_path: Pa
     assert os.listdir(tmp_path) == []
 
 
+def test_a_device_is_not_replaced_by_a_snapshot(lm: LanguageModel, path: Path) -> None:
+    os.mkfifo(path)
+    with pytest.raises(InvalidRequest, match="no regular file"):
+        lm.prefill(ids(20)).save(path)
+    assert path.is_fifo()
+
+
 KILLED_50_TIMES_THEN_TWO_AT_ONCE = """
 import os, random, signal, sys, time
 import torch, tiny, kvloom

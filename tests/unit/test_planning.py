@@ -357,7 +357,8 @@ def test_a_rehearsal_leaves_the_model_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"prompt_tokens": -1}, InvalidRequest, r"`prompt_tokens` must be a whole number of at least 0; got -1"),
+        ({"prompt_tokens": -1}, InvalidRequest, r"`prompt_tokens` must be a whole number of at least 1; got -1"),
+        ({"prompt_tokens": 0}, InvalidRequest, r"`prompt_tokens` must be a whole number of at least 1; got 0"),
         ({"max_new_tokens": 1.5}, InvalidRequest, r"`max_new_tokens` must be a whole number"),
         ({"num_beams": 0}, InvalidRequest, r"`num_beams` must be a whole number of at least 1; got 0"),
         ({"batch": True}, InvalidRequest, r"`batch` must be"),
@@ -378,7 +379,7 @@ def test_a_rehearsal_leaves_the_model_as_it_was() -> None:
         ({"retention": "sinks"}, InvalidRequest, r"`retention` must be a policy"),
         ({"prompt_tokens": 250, "max_new_tokens": 7}, PromptTooLong, r"250 prompt tokens and 7 new ones exceed .* 256"),
         ({"prompt_tokens": 300}, PromptTooLong, r"300 tokens; the model's context of 256 leaves no room"),
-        ({"prompt_tokens": 0, "max_new_tokens": 0}, InvalidRequest, r"nothing to plan"),
+        ({"max_new_tokens": 256}, PromptTooLong, r"1 prompt tokens and 256 new ones exceed .* 256"),
         ({"dtype": "int8"}, InvalidRequest, r"`dtype=int8` is not a floating-point dtype"),
     ],
 )

@@ -398,6 +398,8 @@ def _target(path: str | os.PathLike[str]) -> Path:
         raise InvalidRequest(f"there is no folder `{target.parent}` to save a snapshot in.")
     if target.is_dir():
         raise InvalidRequest(f"`{target}` is a folder. A snapshot is a file.")
+    if target.exists() and not target.is_file():
+        raise InvalidRequest(f"`{target}` is no regular file, so a snapshot cannot take its place.")
     return target
 
 

@@ -24,6 +24,7 @@ from kvloom.cli.params import (
     quiet_option,
     sampling_options,
 )
+from kvloom.cli.prompts import as_text
 from kvloom.cli.retention import read_retention, retention_options
 from kvloom.cli.show import print_piece
 from kvloom.cli.terminal import complain, end_line, is_terminal, note
@@ -85,7 +86,7 @@ def chat(system: str | None, images: tuple[str, ...], quiet: bool, **options: An
     lm = load_model(quiet=quiet, retention=retention, **settings)
     from kvloom.conversation import Conversation
 
-    conversation = Conversation(lm, system, given)
+    conversation = Conversation(lm, system and as_text(system, what="`--system`"), given)
     if not quiet:
         plain = "" if conversation.has_template else " It has no chat template: it goes on from your text as it stands."
         note(f"talking with {model_name(settings['model'])}; /help lists the commands.{plain}")
@@ -150,6 +151,7 @@ class _Chat:
 
     def _take(self, line: str) -> None:
         """A command, or a turn."""
+        line = as_text(line, what="the line")
         if not line.strip():
             return
         if line.startswith("/") and not line.startswith("//"):

@@ -10,6 +10,7 @@ import click
 from kvloom.cli.figure import refuse_unless_plottable
 from kvloom.cli.group import Command
 from kvloom.cli.params import load_model, model_name, model_options, option, plot_option, quiet_option
+from kvloom.cli.prompts import as_text
 from kvloom.cli.terminal import note
 from kvloom.errors import InvalidRequest
 
@@ -77,7 +78,7 @@ def explain(
     from kvloom.explain import observe, write_page
     from kvloom.explain.captions import LANGUAGES
 
-    seen = observe(lm, text, layer=layer, head=head, name=model_name(settings["model"]))
+    seen = observe(lm, as_text(text, what="the text"), layer=layer, head=head, name=model_name(settings["model"]))
     if plot is not None:
         from kvloom.explain.picture import draw
 

@@ -24,7 +24,7 @@ from kvloom.cli.params import (
     quiet_option,
     sampling_options,
 )
-from kvloom.cli.prompts import read_ids, read_prompt
+from kvloom.cli.prompts import as_text, read_ids, read_prompt
 from kvloom.cli.retention import read_retention, retention_options
 from kvloom.cli.shown import shown_blocks, with_text
 from kvloom.cli.terminal import is_file, is_terminal, note
@@ -208,7 +208,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
         known = [token for token in given["eos_token_id"] if token is not None]
         given["eos_token_id"] = known or None
     if "stop_strings" in given:
-        given["stop_strings"] = list(given["stop_strings"])
+        given["stop_strings"] = [as_text(own, what="`--stop`") for own in given["stop_strings"]]
     if "early_stopping" in given:
         given["early_stopping"] = {"true": True, "false": False}.get(given["early_stopping"], "never")
     imply_sampling(given)

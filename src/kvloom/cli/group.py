@@ -13,12 +13,13 @@ from typing import Any
 import click
 from click.exceptions import Exit, NoArgsIsHelpError
 
-from kvloom.cli.terminal import complain, end_line
+from kvloom.cli.terminal import complain, end_line, write_what_can_be_written
 from kvloom.errors import KVLoomError
 
 WRONG_USE = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141
+FAILED = 1
 
 
 class Loom(click.Group):
@@ -26,6 +27,7 @@ class Loom(click.Group):
 
     def main(self, *arguments: Any, **extra: Any) -> Any:
         """Run a command and leave with its exit status."""
+        write_what_can_be_written()
         try:
             status = super().main(*arguments, **{**extra, "standalone_mode": False})
         except NoArgsIsHelpError as help_page:
@@ -87,6 +89,16 @@ def _ended_well(ctx: click.Context) -> Iterator[None]:
     except BrokenPipeError as closed:
         _discard_output()
         raise Exit(BROKEN_PIPE) from closed
+    except OSError as error:
+        # A full disk, a file that may not be written: the user's to mend, and no trace of ours helps with that.
+        _discard_output()
+        complain(_reason(error))
+        raise Exit(FAILED) from error
+
+
+def _reason(error: OSError) -> str:
+    what = f" `{error.filename}`" if error.filename else ""
+    return f"{error.strerror or error}{what and ':'}{what}."
 
 
 def _discard_output() -> None:

@@ -39,7 +39,7 @@ LENGTH = click.IntRange(min=0)
 @option(
     "--prompt-tokens",
     metavar="N",
-    type=LENGTH,
+    type=COUNT,
     section="Request",
     help="Length of each prompt.  [default: 4,096, or what the model's context leaves]",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
@@ -19,9 +20,23 @@ def read_prompt(prompt: str | None, *, example: str) -> str:
             prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n").removesuffix("\r")
         except UnicodeDecodeError as error:
             raise InvalidRequest(f"the prompt on standard input is not UTF-8 text: {error}.") from error
+    prompt = as_text(prompt)
     if not prompt:
         raise EmptyPrompt("the prompt is empty. Pass some text, or token ids with --token-ids.")
     return prompt
+
+
+def as_text(argument: str, *, what: str = "the prompt") -> str:
+    """An argument or a line as text: UTF-8, also where the locale has another encoding and Python could not read it."""
+    try:
+        return os.fsencode(argument).decode() if _is_undecoded(argument) else argument
+    except UnicodeError as error:
+        raise InvalidRequest(f"{what} is not UTF-8 text: {error}.") from error
+
+
+def _is_undecoded(text: str) -> bool:
+    """Whether Python holds bytes in the text that it could not decode (PEP 383)."""
+    return any("\udc80" <= character <= "\udcff" for character in text)
 
 
 def read_ids(text: str, *, what: str = "the prompt") -> list[int]:

@@ -12,7 +12,7 @@ import click
 from kvloom.cli import show
 from kvloom.cli.group import Command
 from kvloom.cli.params import json_option, load_model, model_name, model_options, option, quiet_option
-from kvloom.cli.prompts import read_ids, read_prompt
+from kvloom.cli.prompts import as_text, read_ids, read_prompt
 from kvloom.cli.terminal import stderr_console, stdout_console, waiting
 from kvloom.errors import InvalidRequest
 
@@ -85,7 +85,8 @@ def score(
     kvloom score "The weather today is" --file labels.txt --normalize bytes --json
     """
     text = read_prompt(prompt, example='kvloom score "Once upon a" -c " time" -c " hill"')
-    candidates = [*continuations, *(_lines(file) if file is not None else [])]
+    given = [as_text(own, what="a continuation") for own in continuations]
+    candidates = [*given, *(_lines(file) if file is not None else [])]
     if not candidates:
         raise click.UsageError("nothing to score. Pass `--continuation TEXT`, more than once, or `--file FILE`.")
     ids = read_ids(text) if token_ids else None

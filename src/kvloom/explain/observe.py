@@ -7,15 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from kvloom.errors import InvalidRequest, UnsupportedModel
 from kvloom.model import LanguageModel
 from kvloom.models import AttentionInterfaceBinding
 from kvloom.models.looking import Look
 from kvloom.prompts import read_prompt
+from kvloom.text import INCOMPLETE
 
 FEWEST, MOST = 2, 40
 """Tokens that make a readable matrix."""
+
+BYTE_OF = {letter: byte for byte, letter in bytes_to_unicode().items()}
+SIGNS = {" ": "␣", "\n": "↵", "\t": "⇥"}
+"""Of tokens that are nothing but spaces."""
 
 
 @dataclass(frozen=True)
@@ -154,11 +160,18 @@ def _choose(seen: Look, layer: int | None, head: int | None) -> tuple[int, int]:
 
 
 def _readable(tokenizer: Any, token_ids: list[int]) -> tuple[str, ...]:
-    """Each token as it reads; its name or number where it reads as nothing or as part of a character."""
+    """Each token as it reads; signs for spaces, and bytes where it is part of a character."""
     if tokenizer is None:
         return tuple(map(str, token_ids))
-    shown = []
-    for token in token_ids:
-        text = tokenizer.decode([token])
-        shown.append(text if text.strip() and "\ufffd" not in text else str(tokenizer.convert_ids_to_tokens(token)))
-    return tuple(shown)
+    return tuple(_readable_token(tokenizer, token) for token in token_ids)
+
+
+def _readable_token(tokenizer: Any, token: int) -> str:
+    text = str(tokenizer.decode([token]))
+    if text and INCOMPLETE not in text:
+        return text if text.strip() else "".join(SIGNS.get(character, character) for character in text)
+    name = str(tokenizer.convert_ids_to_tokens(token))
+    # Byte-level tokenizers write each byte as a letter of an alphabet of their own.
+    data = bytes(BYTE_OF[letter] for letter in name if letter in BYTE_OF)
+    is_broken = len(data) == len(name) and data.decode(errors="replace") != data.decode(errors="ignore")
+    return " ".join(f"{byte:02X}" for byte in data) if is_broken else name

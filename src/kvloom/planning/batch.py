@@ -59,7 +59,7 @@ class Batch:
         check_policy(retention := given.pop("retention", None))
         codec = check_codec(given.pop("codec", "native"))
         for name, value in given.items():
-            least = 0 if name in ("prompt_tokens", "max_new_tokens") else 1
+            least = 0 if name == "max_new_tokens" else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InvalidRequest(f"`{name}` must be a whole number of at least {least}; got {value!r}.")
         beams, returned = given.get("num_beams", 1), given.get("num_return_sequences", 1)
@@ -94,9 +94,8 @@ class Batch:
             new = DEFAULT_NEW_TOKENS if limit is None else max(0, min(DEFAULT_NEW_TOKENS, limit - taken))
         if prompt is None:
             prompt = DEFAULT_PROMPT_TOKENS if limit is None else max(0, min(DEFAULT_PROMPT_TOKENS, limit - new))
-        check_length(limit, prompt, new)
-        if prompt + new == 0:
-            raise InvalidRequest("`prompt_tokens` and `max_new_tokens` are both 0, so there is nothing to plan.")
+        # A prompt holds a token at least.
+        check_length(limit, max(1, prompt), new)
         return prompt, new
 
     def source(self, encoder: SourceReader | None) -> Source | None:
