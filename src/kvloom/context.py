@@ -104,7 +104,7 @@ class Context:
 
         Raises:
             InvalidRequest: there is no such folder, the model keeps no keys and values (a callable), the context is
-                under a retention policy, or it decodes from a source or holds images.
+                under a retention policy of your own, or it decodes from a source or holds images.
             ContextClosed: the context was closed. An `OSError` (no space, no permission) passes through.
         """
         if self.source is not None:
@@ -116,12 +116,7 @@ class Context:
             raise InvalidRequest(
                 "a context with images cannot be saved: a snapshot holds no pixels. Prefill the messages again."
             )
-        if self.retention is not None:
-            raise InvalidRequest(
-                f"a context under {type(self.retention).__name__} cannot be saved: a file holds what full attention "
-                "has computed. Keep its token_ids, or prefill it with retention=None."
-            )
-        self._engine.contexts.save(self.token_ids, self.tables_for(self._engine), path)
+        self._engine.contexts.save(self.token_ids, self.tables_for(self._engine), path, retention=self.retention)
 
     def export_cache(self) -> DynamicCache:
         """Keys and values as a `DynamicCache` of transformers; copies, of a batch of one.

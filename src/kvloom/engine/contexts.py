@@ -16,6 +16,7 @@ from kvloom.engine.guard import Guard
 from kvloom.engine.holding import Holding
 from kvloom.engine.keeping import Keeping
 from kvloom.engine.queue import Requests
+from kvloom.engine.retaining import settle
 from kvloom.engine.scoring import CachedScorer, Scored, score_uncached
 from kvloom.errors import InvalidRequest
 from kvloom.models import Binding, Media, Source
@@ -144,32 +145,46 @@ class Contexts:
 
     # ---- from and to elsewhere -----------------------------------------------------------------------------
 
-    def save(self, token_ids: Sequence[int], holding: Holding | None, path: str | os.PathLike[str]) -> None:
+    def save(
+        self,
+        token_ids: Sequence[int],
+        holding: Holding | None,
+        path: str | os.PathLike[str],
+        *,
+        retention: Retention | None = None,
+    ) -> None:
         """Write a context into a file; tokens of which no keys and values are held any more are computed first."""
         with self._guard.working(new=True):
             origin = self._origin()
             if holding is not None and holding.cached is not None:
-                self._kept.rows.save(holding, token_ids, path, origin)
+                self._kept.rows.save(holding, token_ids, path, origin, retention)
                 return
-            _, computed = self.compute(list(token_ids))
+            _, computed = self.compute(list(token_ids), retention=self._settled(retention, len(token_ids)))
             try:
-                self._kept.rows.save(computed, token_ids, path, origin)
+                self._kept.rows.save(computed, token_ids, path, origin, retention)
             finally:
                 self._kept.holdings.release(computed)
 
-    def restore(self, path: str | os.PathLike[str]) -> tuple[list[int], Holding]:
-        """The tokens of a snapshot and a claimed holding of its tables.
+    def restore(self, path: str | os.PathLike[str]) -> tuple[list[int], Retention | None, Holding]:
+        """The tokens of a snapshot, the policy that they are under, and a claimed holding of its tables.
 
         Raises:
             SnapshotError: the file is missing, damaged, or of another model. CacheFull: before anything is loaded.
+            InvalidRequest: the model cannot honour the policy as it is attached.
         """
         with self._guard.working(new=True):
             origin = self._origin()
             with open_snapshot(path) as snapshot:
                 snapshot.check_origin(origin)
+                self._settled(snapshot.retention, len(snapshot.token_ids))
                 placements = snapshot.placements(self._kept.cache.layout)
                 self._refuse_unless_held(placements, f"a snapshot of {len(snapshot.token_ids):,} tokens")
-                return snapshot.token_ids, self._kept.rows.restore(snapshot, placements)
+                return snapshot.token_ids, snapshot.retention, self._kept.rows.restore(snapshot, placements)
+
+    def _settled(self, retention: Retention | None, tokens: int) -> Retention | None:
+        """The policy as a context of so many tokens applies it."""
+        layout = self._kept.cache.layout
+        return retention and settle(retention, self._binding, layout, prompt_tokens=tokens, new_tokens=0)
 
     def adopt(self, token_ids: list[int], pairs: Sequence[Pair]) -> Holding:
         """A claimed holding of keys and values that were computed elsewhere; see `foreign.read_pairs`."""

@@ -143,19 +143,34 @@ class CachedRows:
         self.remember(row)
         return torch.cat(parts)
 
-    def save(self, holding: Holding, token_ids: Sequence[int], path: str | os.PathLike[str], origin: Origin) -> None:
-        """Write a holding's tables and what they hold into a file."""
+    def save(
+        self,
+        holding: Holding,
+        token_ids: Sequence[int],
+        path: str | os.PathLike[str],
+        origin: Origin,
+        retention: Retention | None,
+    ) -> None:
+        """Write a holding's tables and what they hold into a file, for a context under `retention`."""
         assert holding.cached is not None, "only tables can be saved"
         if holding.cached.foreign:
             raise InvalidRequest("a context that began with an imported cache cannot be saved. Prefill its token_ids.")
-        regime = as_regime(holding.regime)
-        write_snapshot(path, self._cache, holding.cached, token_ids=token_ids, regime=regime, origin=origin)
+        write_snapshot(
+            path,
+            self._cache,
+            holding.cached,
+            token_ids=token_ids,
+            regime=as_regime(holding.regime),
+            origin=origin,
+            retention=retention,
+        )
 
     def restore(self, snapshot: SnapshotReader, placements: Sequence[Placement]) -> Holding:
         """A claimed holding of what a snapshot holds, in blocks of its own; the full ones can be found by prefix."""
         cached = self._with_room(lambda: self._cache.place(placements, tokens=snapshot.tokens))
         row = Row(snapshot.token_ids, cached, snapshot.regime)
         try:
+            cached.retained = snapshot.retained(placements, self._cache.layout, self._binding.max_tokens)
             snapshot.load(self._cache, cached)
             self.remember(row)
         except BaseException:
