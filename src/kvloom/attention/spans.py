@@ -274,7 +274,7 @@ class SpanBuilder:
         return self._span(rows, as_tensor(slots, self._device), mask, shift)
 
     def _read(self, runs: Runs, *, gathered: bool = False) -> slice | Tensor:
-        """A view where the runs follow each other in the store, else the slots to gather; these in any case if asked."""
+        """A view where the runs follow each other in the store, else, or if asked, the slots to gather."""
         extents = _extents(runs, self._block_tokens)
         if len(extents) == 1 and not gathered:
             return slice(*extents[0])

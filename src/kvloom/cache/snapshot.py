@@ -12,21 +12,21 @@ tensor                holds
 ``digest``            uint8[32], BLAKE2b of the metadata and of all tensors above, in this order
 ====================  =======================================================================================
 
-The metadata holds ``format``, ``version``, ``model``, ``fingerprint``, ``dtype``, ``codec``, ``block_tokens``, ``regime``
-(JSON) and ``tokens`` (how many have been computed).
+The metadata holds ``format``, ``version``, ``model``, ``fingerprint``, ``dtype``, ``codec``, ``block_tokens``,
+``regime`` (JSON) and ``tokens`` (how many have been computed).
 
-Blocks are not in the file, which fits any block size and budget, unless it matters how tokens lie in them. Then it fits
-caches of the same block size only: under the int8 codec, because each block has scales of its own, and under a retention policy, because
-policies keep and let go of blocks.
+Blocks are not in the file, which fits any block size and budget, unless it matters how tokens lie in them. Then it
+fits caches of the same block size only: under the int8 codec, because each block has scales of its own, and under a
+retention policy, because policies keep and let go of blocks.
 
 ======================  =====================================================================================
 tensor                  holds
 ======================  =====================================================================================
-``runs.{group}``         int64[runs, 3]: offset in its block and tokens of each run, and 1 if the codec keeps the block open
+``runs.{group}``         int64[runs, 3]: offset in its block and tokens of each run, and 1 if int8 keeps it open
 ======================  =====================================================================================
 
-A context under a policy has ``retention`` in its metadata (JSON: the policy's name and settings, the prompt that was run
-last, and how many leading tokens are those of full attention). If the policy scores tokens, there are
+A context under a policy has ``retention`` in its metadata (JSON: the policy's name and settings, the prompt that was
+run last, and how many leading tokens are those of full attention). If the policy scores tokens, there are
 
 ======================  =====================================================================================
 tensor                  holds
@@ -137,8 +137,8 @@ def write_snapshot(
         retention: the policy that whatever continues it is under; the sequence's own is that of its last request.
 
     Raises:
-        InvalidRequest: there is no such folder, `path` is one, or the policy is none of KVLoom's own. An `OSError` (no space, no permission) passes
-            through. In each case a file that was there before is as it was.
+        InvalidRequest: there is no such folder, `path` is one, or the policy is none of KVLoom's own. An `OSError` (no
+            space, no permission) passes through. In each case a file that was there before is as it was.
     """
     target = target_of(path)
     metadata = {
@@ -288,8 +288,8 @@ class SnapshotReader:
     def load(self, cache: KVCache, sequence: CachedSequence) -> None:
         """Read keys and values into what was placed for them, and check the digest of it all.
 
-        Call it after `placements` and `retained`. Raises `CorruptSnapshot` if anything is not as it was written; the sequence then
-        holds nothing of use.
+        Call it after `placements` and `retained`. Raises `CorruptSnapshot` if anything is not as it was written; the
+        sequence then holds nothing of use.
         """
         contents = _contents(cache, sequence, self.token_ids)
         if {name for name, _ in contents} | {"digest"} != set(self._file.keys()):
