@@ -19,7 +19,9 @@ GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "max_new_tok
 def with_blocks(binding: AttentionInterfaceBinding, blocks: int, step_tokens: int) -> kvloom.LanguageModel:
     """A model whose layer groups have that many blocks of 4 tokens."""
     budget = CacheLayout(layers=binding.layers, dtype=binding.dtype, block_tokens=4).total_bytes(blocks)
-    return kvloom.LanguageModel(Engine(binding, budget_bytes=budget, block_tokens=4, step_tokens=step_tokens), None, None)
+    return kvloom.LanguageModel(
+        Engine(binding, budget_bytes=budget, block_tokens=4, step_tokens=step_tokens), None, None
+    )
 
 
 def admitted(lm: kvloom.LanguageModel, context: kvloom.Context, new: list[int] | None) -> bool:

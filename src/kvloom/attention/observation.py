@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kvloom.attention.plan import GroupPlan
     from kvloom.attention.source import Source
 
-SCORES_BYTES = 16 << 20
+SCORES_BYTES = 2 << 20
 """The most that the float32 scores of some queries take at once."""
 
 
