@@ -200,3 +200,27 @@ def test_the_command_streams_under_a_policy() -> None:
 def test_wrong_use_of_the_command_is_one_clear_line(arguments: list[str], complaint: str) -> None:
     result = run(*arguments)
     assert result.exit_code == 2 and complaint in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+# ---- streams -----------------------------------------------------------------------------------------------------
+
+
+def test_a_loaded_model_whose_weights_were_packed_streams_past_its_trained_length() -> None:
+    lm = kvloom.load()
+    assert lm.max_tokens is not None
+    prompt = random_ids(lm.binding.model, tokens=lm.max_tokens - 2)
+    result = lm.generate(prompt, max_new_tokens=6, retention=kvloom.SinkWindow(window_tokens=100), **GREEDY)
+    assert len(result.token_ids) == 6
+
+
+def test_a_stream_keeps_no_pieces_and_says_where_it_is(llama) -> None:
+    prompt = random_ids(llama.binding.model, tokens=20)
+    with llama.stream(prompt, max_new_tokens=30, retention=SINKS, **GREEDY) as stream:
+        assert repr(stream) == "Stream(0 new tokens, of at most 30)"
+        for _ in stream:
+            assert not stream._request.untaken, "what was handed out is not kept"
+        assert repr(stream) == "Stream(30 new tokens, ended by length)"
+    with llama.stream(prompt, max_new_tokens=30, **GREEDY) as stream:
+        next(stream)
+    assert repr(stream) == "Stream(1 new tokens, closed)"
+    assert llama.stream(prompt, max_new_tokens=2, **GREEDY).result is None

@@ -114,7 +114,7 @@ def test_a_context_that_lost_its_tables_is_computed_under_its_policy(path: Path)
     policy = kvloom.SinkWindow(sink_tokens=2, window_tokens=14)
     lm = attached(model)
     context = lm.generate(random_ids(model, tokens=40), max_new_tokens=9, retention=policy, **GREEDY).context
-    lm.engine._holdings.release_all()
+    lm.engine._keeping.holdings.release_all()
     context.save(path)
     restored = attached(model).restore(path)
     assert (restored.retention, restored.cached_tokens) == (policy, 49) and restored.blocks < 7
