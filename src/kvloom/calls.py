@@ -241,6 +241,7 @@ class Calls:
             context=None if asked.context is None else asked.context.tables_for(self._engine),
             context_owner=asked.context,
             retention=retention,
+            policy=policy,
             keep_tables=options.num_beams == 1,
             source=prompt.source,
             media=prompt.media,
@@ -290,7 +291,7 @@ class Calls:
             score=own.score,
             usage=usage,
             _make_context=lambda: Context(
-                self._engine, token_ids, holding, request.retention, source=request.source, media=request.media
+                self._engine, token_ids, holding, request.policy, source=request.source, media=request.media
             ),
         )
         if holding is not None:

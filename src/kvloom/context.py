@@ -105,16 +105,13 @@ class Context:
 
         Raises:
             InvalidRequest: there is no such folder, the model keeps no keys and values (a callable), or the context is
-                under a retention policy.
+                under a retention policy of your own.
             ContextClosed: the context was closed. An `OSError` (no space, no permission) passes through.
         """
-        if self.retention is not None:
-            raise InvalidRequest(
-                f"a context under {type(self.retention).__name__} cannot be saved: a file holds what full attention "
-                "has computed. Keep its token_ids, or prefill it with retention=None."
-            )
         holding = self.tables_for(self._engine)
-        self._engine.contexts.save(self.token_ids, holding, path, source=self.source, media=self.media)
+        self._engine.contexts.save(
+            self.token_ids, holding, path, source=self.source, media=self.media, retention=self.retention
+        )
 
     def export_cache(self) -> DynamicCache:
         """Keys and values as a `DynamicCache` of transformers; copies, of a batch of one.

@@ -191,7 +191,6 @@ class LanguageModel:
         requests, several = self.calls.requests(prompt, asked)
         if several or requests[0].max_rows > 1:
             raise InvalidRequest("a stream has one prompt and one sequence: beams and batches use generate().")
-        self.calls.submit(requests)
         return Stream(self.engine, self.tokenizer, self.calls, requests[0])
 
     # ---- contexts ------------------------------------------------------------------------------------------
@@ -306,15 +305,17 @@ class LanguageModel:
         """The context that `Context.save` wrote: the same tokens, keys and values, in blocks of this model's cache.
 
         It continues exactly as the saved one would have, and its full blocks are found by later prompts that begin
-        alike. Block size and budget may differ from those it was saved under.
+        alike. Budget and block size may differ from those it was saved under; but not the block size under the int8
+        codec or a retention policy. What a policy has scored and let go of is restored, too.
 
         Raises:
             SnapshotNotFound, SnapshotMismatch, CorruptSnapshot: no such file; made by another model (config, weights
                 or adapters), dtype or codec; damaged or incomplete.
             CacheFull: the context does not fit; nothing was loaded.
+            InvalidRequest: the context is under a policy that this model cannot honour as it is attached.
         """
         own = self.engine.contexts.restore(path)
-        return Context(self.engine, own.token_ids, own.holding, source=own.source, media=own.media)
+        return Context(self.engine, own.token_ids, own.holding, own.retention, source=own.source, media=own.media)
 
     def score(
         self,
@@ -470,7 +471,7 @@ class LanguageModel:
             retention=settled,
             look=look,
         )
-        return logits, Context(self.engine, token_ids, extended, settled, source=source, media=media)
+        return logits, Context(self.engine, token_ids, extended, policy, source=source, media=media)
 
     def _uncached_logits(self, token_ids: list[int], last: int) -> Tensor:
         whole = torch.tensor([token_ids], device=self.binding.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -12,7 +13,17 @@ from kvloom.text import Detokenizer
 
 
 class Stream(Iterator[Piece]):
-    """The pieces of one sequence, as they are generated; see `LanguageModel.stream`."""
+    """The pieces of one sequence, as they are generated; see `LanguageModel.stream`.
+
+    Pieces that were handed out are not kept. What grows with a stream is what `result` is made of: ids and
+    log-probabilities.
+
+    Args:
+        request: not queued yet.
+
+    Attributes:
+        result: the `Generation`, once the stream is exhausted; None before.
+    """
 
     def __init__(self, engine: Engine, tokenizer: Any, calls: Calls, request: Request) -> None:
         self.result: Generation | None = None
@@ -20,10 +31,15 @@ class Stream(Iterator[Piece]):
         self._tokenizer = tokenizer
         self._calls = calls
         self._request = request
+        self._handed_out = 0
         self._pieces = self._run()
+        request.untaken = deque()
+        calls.submit([request])
 
     def __next__(self) -> Piece:
-        return next(self._pieces)
+        piece = next(self._pieces)
+        self._handed_out += 1
+        return piece
 
     def close(self) -> None:
         """Stop generating and free what was held. Called by itself when the stream is dropped."""
@@ -33,17 +49,17 @@ class Stream(Iterator[Piece]):
 
     def _run(self) -> Generator[Piece, None, None]:
         request, engine = self._request, self._engine
+        untaken = request.untaken
+        assert untaken is not None, "a stream takes its request's tokens"
         texts = None if self._tokenizer is None else Detokenizer(self._tokenizer, request.prompt_ids)
-        shown = 0
         try:
-            while not request.done or shown < len(request.streamed):
-                if shown == len(request.streamed):
+            while not request.done or untaken:
+                if not untaken:
                     engine.step()
                     continue
-                token_id, logprob = request.streamed[shown]
-                shown += 1
+                token_id, logprob = untaken.popleft()
                 text = "" if texts is None else texts.push(token_id)
-                if not request.done or shown < len(request.streamed):
+                if not request.done or untaken:
                     yield Piece(text, token_id, logprob)
             engine.run([request])  # raises what the request failed with
             self.result = self._calls.results(request)[0]
@@ -62,3 +78,12 @@ class Stream(Iterator[Piece]):
 
     def __del__(self) -> None:
         self.close()
+
+    def __repr__(self) -> str:
+        if self.result is not None:
+            state = f"ended by {self.result.finish_reason}"
+        elif self._request.done:
+            state = "closed"
+        else:
+            state = f"of at most {self._request.max_new_tokens:,}"
+        return f"Stream({self._handed_out:,} new tokens, {state})"

@@ -100,9 +100,9 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
+        # What was shown last, and what came since.
         self._token_ids = list(prompt_ids[-PROMPT_TAIL_TOKENS:])
-        self._context_start = 0
-        self._shown_end = len(self._token_ids)
+        self._shown = len(self._token_ids)
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes; empty while a character is incomplete."""
@@ -118,13 +118,13 @@ class Detokenizer:
         return self._take(shown, text) if len(text) > len(shown) else ""
 
     def _take(self, shown: str, text: str) -> str:
-        self._context_start, self._shown_end = self._shown_end, len(self._token_ids)
+        self._token_ids = self._token_ids[self._shown :]
+        self._shown = len(self._token_ids)
         return text[len(shown) :]
 
     def _texts(self) -> tuple[str, str]:
         """The text of the tokens shown last, and of these and all that came since."""
-        tail = self._token_ids[self._context_start :]
-        return self._decode(tail[: self._shown_end - self._context_start]), self._decode(tail)
+        return self._decode(self._token_ids[: self._shown]), self._decode(self._token_ids)
 
     def _decode(self, token_ids: list[int]) -> str:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -107,14 +107,12 @@ def test_past_the_trained_length_only_turning_queries_helps() -> None:
     refused(dynamic, InvalidRequest, "rotary factors change", prompt, max_new_tokens=45, retention=SINKS)
 
 
-def test_a_context_and_a_call_agree_on_the_policy(llama, tmp_path) -> None:
+def test_a_context_and_a_call_agree_on_the_policy(llama) -> None:
     context = llama.prefill(random_ids(llama.binding.model, tokens=30), retention=SINKS)
     assert context.retention.same_as(SINKS) and context.blocks < 30 // 4
     for other in (None, kvloom.SinkWindow(sink_tokens=2, window_tokens=15)):
         with pytest.raises(InvalidRequest, match="goes on under it alone"):
             llama.generate([3], context=context, retention=other)
-    with pytest.raises(InvalidRequest, match="cannot be saved"):
-        context.save(tmp_path / "a.kv")
     assert llama.generate([3], context=context, retention=SINKS, max_new_tokens=2, **GREEDY).usage.dropped_tokens > 0
     context.close()
     assert held(llama) == 0
@@ -202,3 +200,27 @@ def test_the_command_streams_under_a_policy() -> None:
 def test_wrong_use_of_the_command_is_one_clear_line(arguments: list[str], complaint: str) -> None:
     result = run(*arguments)
     assert result.exit_code == 2 and complaint in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+# ---- streams -----------------------------------------------------------------------------------------------------
+
+
+def test_a_loaded_model_whose_weights_were_packed_streams_past_its_trained_length() -> None:
+    lm = kvloom.load()
+    assert lm.max_tokens is not None
+    prompt = random_ids(lm.binding.model, tokens=lm.max_tokens - 2)
+    result = lm.generate(prompt, max_new_tokens=6, retention=kvloom.SinkWindow(window_tokens=100), **GREEDY)
+    assert len(result.token_ids) == 6
+
+
+def test_a_stream_keeps_no_pieces_and_says_where_it_is(llama) -> None:
+    prompt = random_ids(llama.binding.model, tokens=20)
+    with llama.stream(prompt, max_new_tokens=30, retention=SINKS, **GREEDY) as stream:
+        assert repr(stream) == "Stream(0 new tokens, of at most 30)"
+        for _ in stream:
+            assert not stream._request.untaken, "what was handed out is not kept"
+        assert repr(stream) == "Stream(30 new tokens, ended by length)"
+    with llama.stream(prompt, max_new_tokens=30, **GREEDY) as stream:
+        next(stream)
+    assert repr(stream) == "Stream(1 new tokens, closed)"
+    assert llama.stream(prompt, max_new_tokens=2, **GREEDY).result is None

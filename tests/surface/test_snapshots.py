@@ -167,7 +167,7 @@ def test_a_snapshot_is_a_safetensors_file_that_any_reader_opens(lm: LanguageMode
         assert torch.equal(tensors[f"values.{layer}"], store.values[layer][:, slots])
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    assert (metadata["format"], metadata["version"], metadata["dtype"]) == ("kvloom-snapshot", "1", "float32")
+    assert (metadata["format"], metadata["version"], metadata["dtype"]) == ("kvloom-snapshot", "2", "float32")
     assert str(path.parent) not in json.dumps(metadata)
 
 
@@ -448,7 +448,11 @@ import os, random, signal, sys, time
 import torch, tiny, kvloom
 folder, path = sys.argv[1], sys.argv[1] + "/a.kv"
 lm = kvloom.attach(tiny.tiny_model("llama", hidden_size=256, max_position_embeddings=8192), budget_bytes=256 << 20)
-contexts = [lm.prefill([token] * count) for token, count in ((1, 800), (2, 900))]
+policies = [None, kvloom.HeavyHitters(budget_tokens=600)]
+contexts = [
+    lm.prefill([token] * count, retention=policy)
+    for (token, count), policy in zip(((1, 800), (2, 900)), policies)
+]
 start = time.perf_counter()
 contexts[0].save(path)
 seconds = time.perf_counter() - start
@@ -467,7 +471,8 @@ for round in range(50):
     assert len(others) <= 1, others
     strays += len(others)
     whole = lm.restore(path)
-    assert whole.token_ids in [context.token_ids for context in contexts]
+    known = [(own.token_ids, own.retention, own.blocks) for own in contexts]
+    assert (whole.token_ids, whole.retention, whole.blocks) in known
     whole.close()
 contexts[1].save(path)
 assert os.listdir(folder) == ["a.kv"] and lm.restore(path).tokens == 900

@@ -342,6 +342,17 @@ def test_the_scratch_of_a_step_grows_with_its_rows_and_not_with_the_number_of_eq
     assert scratch(intermediate_size=800) > scratch()
 
 
+def test_the_scratch_of_a_step_holds_what_a_policy_observes() -> None:
+    model = build_weightless(tiny.tiny_config("llama"), torch.float32)
+    layout = CacheLayout(layers=model.binding.layers, dtype=torch.float32)
+    work = {"prompt_tokens": 250, "new_tokens": 5, "rows": 1, "batch": 1, "step_tokens": 512}
+    plain, observed = (
+        step_bytes(model, layout, **work, retention=policy) for policy in (None, kvloom.HeavyHitters(budget_tokens=64))
+    )
+    # Scores of 4 heads x 250 queries x 250 keys, masked, and as weights, in float32.
+    assert observed - plain > 2 * 4 * 250 * 250 * 4
+
+
 def test_a_rehearsal_leaves_the_model_as_it_was() -> None:
     model = build_weightless(tiny.tiny_config("gemma2"), torch.float32)
     layout = CacheLayout(layers=model.binding.layers, dtype=torch.float32)
@@ -440,6 +451,8 @@ def test_a_loaded_model_is_not_planned_in_another_dtype() -> None:
 PREDICT = """
 import json, sys, kvloom
 model, options = json.loads(sys.argv[1])
+if options.get("retention"):
+    options["retention"] = kvloom.HeavyHitters(budget_tokens=256)
 plan = kvloom.plan(model, **options)
 print(plan.load_peak_bytes, plan.cache_bytes)
 """
@@ -447,8 +460,10 @@ print(plan.load_peak_bytes, plan.cache_bytes)
 RUN = """
 import json, sys, torch, kvloom
 model, options = json.loads(sys.argv[1])
-lm = kvloom.load(model, dtype=options.get("dtype"))
-prompt = torch.randint(lm.vocab_size, (options["prompt_tokens"],)).tolist()
+policy = kvloom.HeavyHitters(budget_tokens=256) if options.get("retention") else None
+lm = kvloom.load(model, dtype=options.get("dtype"), codec=options.get("codec", "native"), retention=policy)
+tokens = options["source_tokens" if lm.binding.encoder else "prompt_tokens"]
+prompt = torch.randint(5, lm.vocab_size, (tokens,)).tolist()
 result = lm.beam_search(prompt, num_beams=options["num_beams"], max_new_tokens=options["max_new_tokens"])
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM:"))
 print(int(peak.split()[1]) * 1024, result[0].usage.peak_bytes)
@@ -495,3 +510,32 @@ def test_the_peak_of_a_process_is_within_a_twentieth_of_what_was_predicted(
 
 
 TIED_NOT = {"tie_word_embeddings": False}
+SMALL = {"hidden_size": 512, "intermediate_size": 1_024, "num_hidden_layers": 6, "vocab_size": 8_000}
+BART = {
+    **{"d_model": 512, "encoder_layers": 6, "decoder_layers": 6, "encoder_ffn_dim": 2_048, "decoder_ffn_dim": 2_048},
+    **{"encoder_attention_heads": 8, "decoder_attention_heads": 8, "vocab_size": 24_000},
+    "max_position_embeddings": 1_200,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
+@pytest.mark.parametrize(
+    ("family", "fields", "options"),
+    [
+        ("qwen2", TIED_NOT | {"num_attention_heads": 16} | SMALL, {"prompt_tokens": 1_500, "codec": "int8"}),
+        ("qwen2", TIED_NOT | {"num_attention_heads": 16} | SMALL, {"prompt_tokens": 1_500, "retention": True}),
+        ("bart", BART, {"source_tokens": 1_000, "num_beams": 4}),
+    ],
+    ids=["int8", "a policy that observes", "encoder-decoder"],
+)
+def test_the_peak_is_predicted_under_a_codec_a_policy_and_for_a_source(
+    tmp_path: Path, family: str, fields: dict[str, int], options: dict[str, object]
+) -> None:
+    long = {} if family == "bart" else {"max_position_embeddings": 8_192}
+    dtype = torch.float32 if family == "bart" else torch.bfloat16
+    tiny.tiny_model(family, dtype=dtype, **fields, **long).save_pretrained(tmp_path)
+    wanted = {"max_new_tokens": 24, "num_beams": 2} | options
+    predicted, _ = in_a_process(PREDICT, str(tmp_path), wanted)
+    peak, _ = in_a_process(RUN, str(tmp_path), wanted)
+    assert predicted == pytest.approx(peak, rel=0.05)

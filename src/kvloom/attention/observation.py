@@ -18,7 +18,7 @@ from kvloom.cache import MixedKept
 if TYPE_CHECKING:
     from kvloom.attention.plan import GroupPlan
 
-SCORES_BYTES = 16 << 20
+SCORES_BYTES = 2 << 20
 """The most that the float32 scores of some queries take at once."""
 
 

@@ -70,7 +70,8 @@ class SealedSpans(SpanBuilder):
             return
         mask = None if seen[index].all() else additive(seen[None, index], self._device)
         shift = None if part is None or part.shift is None else part.shift[index]
-        spans.append(self._span(source.first_row + first + index[None], self._read(runs), mask, shift))
+        read = self._read(runs, gathered=part is not None)
+        spans.append(self._span(source.first_row + first + index[None], read, mask, shift))
 
     def _shared(self, readers: list[Reader]) -> list[Span]:
         """Spans over the pasts, of which what several have in common is read once."""
@@ -97,7 +98,7 @@ class SealedSpans(SpanBuilder):
         past, in_past = part.runs[ended], np.repeat(ended, part.runs[:, COUNT])
         if len(past) and source.count == 1:
             shift = 0 if part.shift is None else int(part.shift[0])
-            readers.append(Reader(_rows(source), past, None, shift, part.stretch))
+            readers.append(Reader(_rows(source), past, None, shift, part.stretch, gathered=True))
         elif len(past):
             self._masked(source, past, (seen & (keys < queries[:, None]))[:, in_past], spans, part)
         self._see_own_blocks(source, order, part, seen & (keys == queries[:, None]), spans)
@@ -126,7 +127,7 @@ class SealedSpans(SpanBuilder):
         sealed = runs[:, BLOCK] != runs[-1, BLOCK]
         row = np.array([[source.first_row + index]])
         if take >= full.sum():
-            return [self._span(row, self._read(runs[sealed]))] if sealed.any() else []
+            return [self._span(row, self._read(runs[sealed], gathered=True))] if sealed.any() else []
         always = expand_runs(runs[~full & sealed], self._block_tokens)
         if not take + len(always):
             return []

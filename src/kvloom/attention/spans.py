@@ -78,6 +78,8 @@ class Reader:
             `past`. None for a single new token, whose run is.
         shift: by how much the rows are turned back; one number, as it is for single tokens only.
         stretch: 0, or the number of a pinned stretch: another reading of the same row.
+        gathered: whether nothing is read as a view, so that the place of its slots changes no bit. What a policy lets
+            be seen is: it has holes, which lie elsewhere once a context is restored.
     """
 
     rows: Rows
@@ -85,6 +87,7 @@ class Reader:
     own: Runs | None
     shift: int = 0
     stretch: int = 0
+    gathered: bool = False
 
 
 class SpanBuilder:
@@ -141,11 +144,11 @@ class SpanBuilder:
         for part in parts:
             if source.count == 1:
                 shift = 0 if part.shift is None else int(part.shift[0])
-                readers.append(Reader(rows, part.runs, None, shift, part.stretch))
+                readers.append(Reader(rows, part.runs, None, shift, part.stretch, gathered=True))
                 continue
             mask = None if part.seen is None else additive(part.seen[None], self._device)
             own = rows[None, part.queries :]
-            spans.append(self._span(own, self._read(part.runs), mask, part.shift))
+            spans.append(self._span(own, self._read(part.runs, gathered=True), mask, part.shift))
 
     def _choice_span(self, source: Source, index: int) -> Span:
         """What one query reads of its choice: some of the full blocks before it, and all of the others."""
@@ -155,7 +158,7 @@ class SpanBuilder:
         take = max(0, source.read_tokens // self._block_tokens - int((~full).sum()))
         row = np.array([[source.first_row + index]])
         if take >= full.sum():
-            return self._span(row, self._read(runs))
+            return self._span(row, self._read(runs, gathered=True))
         always = expand_runs(runs[~full], self._block_tokens)
         blocks = runs[full, BLOCK].astype(np.int64)
         return self._span(row, Choice(as_tensor(blocks, self._device), take, as_tensor(always, self._device)))
@@ -197,7 +200,8 @@ class SpanBuilder:
                 continue
             rows = np.concatenate([reader.rows for reader in group])
             shift = np.concatenate([np.full(len(reader.rows), reader.shift) for reader in group])
-            spans.append(self._span(rows[None], self._read(group[0].past[:common]), shift=shift))
+            read = self._read(group[0].past[:common], gathered=group[0].gathered)
+            spans.append(self._span(rows[None], read, shift=shift))
             rest = [replace(reader, past=reader.past[common:]) for reader in group]
             self._share([reader for reader in rest if reader.own is not None or len(reader.past)], spans, private)
 
@@ -247,7 +251,8 @@ class SpanBuilder:
             short = []
             extents = _extents(reader.past, self._block_tokens)
             for first, end in extents:
-                if end - first >= MIN_VIEW_TOKENS or len(readers) == len(extents) == 1:
+                long = end - first >= MIN_VIEW_TOKENS or len(readers) == len(extents) == 1
+                if long and not reader.gathered:
                     spans.append(self._span(np.array([[row]]), slice(first, end), shift=np.array([reader.shift])))
                 else:
                     short.append(np.arange(first, end))
@@ -268,10 +273,10 @@ class SpanBuilder:
         mask = None if seen.all() else additive(seen[:, None], self._device)
         return self._span(rows, as_tensor(slots, self._device), mask, shift)
 
-    def _read(self, runs: Runs) -> slice | Tensor:
-        """A view where the runs follow each other in the store, else the slots to gather."""
+    def _read(self, runs: Runs, *, gathered: bool = False) -> slice | Tensor:
+        """A view where the runs follow each other in the store, else, or if asked, the slots to gather."""
         extents = _extents(runs, self._block_tokens)
-        if len(extents) == 1:
+        if len(extents) == 1 and not gathered:
             return slice(*extents[0])
         return as_tensor(expand_runs(runs, self._block_tokens)[None], self._device)
 

@@ -16,7 +16,7 @@ class Placement:
 
     Attributes:
         runs: int64[runs, 3], offset, count and first position of each, in token order.
-        last_is_open: whether the last one's block is written on.
+        last_is_open: whether the last one's block has a place in the arena of open blocks, where there is one.
     """
 
     runs: Slots
@@ -30,7 +30,7 @@ class Placement:
     @classmethod
     def of(cls, table: Table, pool: BlockPool) -> Placement:
         """As the tokens of `table` lie."""
-        last_is_open = bool(table.held) and pool.is_open(int(table.blocks[-1]))
+        last_is_open = bool(table.held) and pool.open_blocks is not None and pool.is_open(int(table.blocks[-1]))
         return cls(table.runs[:, OFFSET:].astype(np.int64), last_is_open)
 
     def holds(self, positions: Slots, block_tokens: int) -> bool:

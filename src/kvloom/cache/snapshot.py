@@ -12,16 +12,33 @@ tensor                holds
 ``digest``            uint8[32], BLAKE2b of the metadata and of all tensors above, in this order
 ====================  =======================================================================================
 
-The metadata holds ``format``, ``version``, ``model``, ``fingerprint``, ``dtype``, ``codec``, ``regime`` (JSON) and
-``tokens`` (how many have been computed). Blocks are not in the file: a snapshot fits any block size and budget.
+The metadata holds ``format``, ``version``, ``model``, ``fingerprint``, ``dtype``, ``codec``, ``block_tokens``,
+``regime`` (JSON) and ``tokens`` (how many have been computed).
 
-Under the int8 codec a block has scales of its own, so blocks are in the file, which fits caches of the same block size
-(``block_tokens`` in the metadata). ``keys`` and ``values`` are then those of the open block, and there are
+Blocks are not in the file, which fits any block size and budget, unless it matters how tokens lie in them. Then it
+fits caches of the same block size only: under the int8 codec, because each block has scales of its own, and under a
+retention policy, because policies keep and let go of blocks.
 
 ======================  =====================================================================================
 tensor                  holds
 ======================  =====================================================================================
-``runs.{group}``         int64[runs, 3]: offset in its block and tokens of each run, and 1 if the block is open
+``runs.{group}``         int64[runs, 3]: offset in its block and tokens of each run, and 1 if int8 keeps it open
+======================  =====================================================================================
+
+A context under a policy has ``retention`` in its metadata (JSON: the policy's name and settings, the prompt that was
+run last, and how many leading tokens are those of full attention). If the policy scores tokens, there are
+
+======================  =====================================================================================
+tensor                  holds
+======================  =====================================================================================
+``scores.{group}``       float64[held], of each token held; none for groups with a reach of their own
+======================  =====================================================================================
+
+Under the int8 codec ``keys`` and ``values`` are those of the open block, and there are
+
+======================  =====================================================================================
+tensor                  holds
+======================  =====================================================================================
 ``key_scales.{layer}``   [kv_heads, sealed runs, key_dim]
 ``value_scales.{layer}``  [kv_heads, sealed tokens]
 ``key_codes.{layer}``    int8[kv_heads, sealed tokens, key_dim]
@@ -37,7 +54,6 @@ A file is written aside and renamed, so there is the old file or the new one, wh
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -45,7 +61,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,14 +69,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvloom.blocks.table import Slots
+from kvloom.cache.aside import target_of, written_aside
 from kvloom.cache.cache import CachedSequence, KVCache
 from kvloom.cache.layout import CacheLayout
 from kvloom.cache.placement import Placement
+from kvloom.cache.retention import Retained, Retention, described, policy_of
 from kvloom.cache.store import Part
-from kvloom.errors import CorruptSnapshot, InvalidRequest, SnapshotMismatch, SnapshotNotFound
+from kvloom.errors import CorruptSnapshot, SnapshotMismatch, SnapshotNotFound
 
 FORMAT = "kvloom-snapshot"
-VERSION = "1"
+VERSION = "2"
 DIGEST_BYTES = 32
 BESIDE = "beside."
 
@@ -101,14 +119,14 @@ class Origin:
         fingerprint: digest of the model's config and weights.
         dtype: of keys and values.
         codec: how they are kept.
-        block_tokens: of the blocks, if the codec seals them; else None, as any will do.
+        block_tokens: of the blocks. It need not be the same if the codec seals none and no policy keeps some.
     """
 
     model: str
     fingerprint: str
     dtype: str
     codec: str = "native"
-    block_tokens: int | None = None
+    block_tokens: int = 16
 
     @classmethod
     def of(cls, model: str, fingerprint: str, layout: CacheLayout) -> Origin:
@@ -118,7 +136,7 @@ class Origin:
             fingerprint=fingerprint,
             dtype=str(layout.dtype).removeprefix("torch."),
             codec=layout.codec,
-            block_tokens=layout.block_tokens if layout.seals else None,
+            block_tokens=layout.block_tokens,
         )
 
 
@@ -131,14 +149,18 @@ def write_snapshot(
     regime: Regime,
     origin: Origin,
     beside: Beside,
+    retention: Retention | None = None,
 ) -> None:
     """Write what `sequence` holds. One layer at a time is gathered, so little memory is needed.
 
+    Args:
+        retention: the policy that whatever continues it is under; the sequence's own is that of its last request.
+
     Raises:
-        InvalidRequest: there is no such folder, or `path` is one. An `OSError` (no space, no permission) passes
-            through. In each case a file that was there before is as it was.
+        InvalidRequest: there is no such folder, `path` is one, or the policy is none of KVLoom's own. An `OSError` (no
+            space, no permission) passes through. In each case a file that was there before is as it was.
     """
-    target = _target(path)
+    target = target_of(path)
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -148,12 +170,13 @@ def write_snapshot(
         "codec": origin.codec,
         "regime": json.dumps(regime),
         "tokens": str(sequence.tokens),
-        **({} if origin.block_tokens is None else {"block_tokens": str(origin.block_tokens)}),
         **({"beside": json.dumps(beside.facts)} if beside.facts else {}),
+        "block_tokens": str(origin.block_tokens),
+        **({} if retention is None else {"retention": _of_policy(sequence, retention)}),
     }
     contents = _contents(cache, sequence, token_ids, beside)
     digest = _Digest(metadata)
-    with _written_aside(target) as file:
+    with written_aside(target) as file:
         file.write(_header(metadata, contents))
         for name, content in contents:
             tensor = content.read() if isinstance(content, Part) else content.cpu()
@@ -190,6 +213,7 @@ class SnapshotReader:
         tokens: how many of the tokens have keys and values, or had before a window let go of them.
         token_ids: all tokens of the context.
         beside: what it stands on besides these; to be believed once `load` has checked the digest.
+        retention: the policy that the context is under; None without one.
     """
 
     def __init__(self, source: Path, file: Any) -> None:
@@ -203,11 +227,12 @@ class SnapshotReader:
             )
         self._digest = _Digest(self._metadata)
         try:
-            size = self._metadata.get("block_tokens")
             self.origin = Origin(
                 **{name: self._metadata[name] for name in ("model", "fingerprint", "dtype", "codec")},
-                block_tokens=None if size is None else int(size),
+                block_tokens=int(self._metadata["block_tokens"]),
             )
+            self._retained = json.loads(self._metadata.get("retention", "null"))
+            self.retention = None if self._retained is None else policy_of(self._retained["policy"])
             self.regime = _regime(json.loads(self._metadata["regime"]))
             self.tokens = int(self._metadata["tokens"])
             self.beside = Beside(json.loads(self._metadata.get("beside", "{}")), self._tensors_beside())
@@ -217,11 +242,8 @@ class SnapshotReader:
 
     def check_origin(self, own: Origin) -> None:
         """Refuse a snapshot of another model, dtype or codec, by name."""
-        for what, theirs, ours in (
-            ("dtype", self.origin.dtype, own.dtype),
-            ("codec", self.origin.codec, own.codec),
-            ("block_tokens", self.origin.block_tokens, own.block_tokens),
-        ):
+        facts = ["dtype", "codec", *(["block_tokens"] if self._names_blocks else [])]
+        for what, theirs, ours in ((name, getattr(self.origin, name), getattr(own, name)) for name in facts):
             if theirs != ours:
                 raise SnapshotMismatch(
                     f"`{self._source}` holds keys and values of {what} {theirs}; this model keeps {ours}. "
@@ -245,12 +267,38 @@ class SnapshotReader:
             groups.append(own)
         if not 0 < self.tokens <= len(self.token_ids):
             raise self.corrupt(f"it says that {self.tokens} of {len(self.token_ids)} tokens are computed")
-        if not layout.seals:
+        if not self._names_blocks:
             return tuple(Placement.of_positions(own, layout.block_tokens) for own in groups)
-        return tuple(self._sealed_placement(index, own, layout) for index, own in enumerate(groups))
+        return tuple(self._same_placement(index, own, layout) for index, own in enumerate(groups))
 
-    def _sealed_placement(self, group: int, positions: Slots, layout: CacheLayout) -> Placement:
-        """The runs of a group as they were, since each sealed block has scales of its own."""
+    def retained(
+        self, placements: Sequence[Placement], layout: CacheLayout, trained_tokens: int | None
+    ) -> Retained | None:
+        """What the policy knew of the sequence; None without one. Call it once, after `placements`."""
+        if self.retention is None:
+            return None
+        try:
+            first, end = self._retained["prompt"]
+            exact, prompt = self._retained["exact_tokens"], range(first, end)
+        except (KeyError, ValueError, TypeError) as error:
+            raise self.corrupt(f"what its policy knew is wrong ({error})") from error
+        if not 0 <= first <= end <= len(self.token_ids) or not (exact is None or type(exact) is int):
+            raise self.corrupt("what its policy knew is wrong")
+        scores = [
+            self._read(f"scores.{index}", (int(own.runs[:, 1].sum()),), torch.float64).numpy().astype(np.float32)
+            if self.retention.scored and group.reach.unlimited
+            else np.empty(0, dtype=np.float32)
+            for index, (own, group) in enumerate(zip(placements, layout.groups, strict=True))
+        ]
+        return Retained(self.retention, prompt, self.retention.sight(trained_tokens), exact, tuple(scores))
+
+    @property
+    def _names_blocks(self) -> bool:
+        """Whether it says how the tokens lay in blocks."""
+        return self.origin.codec != "native" or self.retention is not None
+
+    def _same_placement(self, group: int, positions: Slots, layout: CacheLayout) -> Placement:
+        """The runs of a group as they were: each sealed block has scales of its own, and policies go by blocks."""
         saved = self._read(f"runs.{group}", (None, 3), torch.int64).numpy()
         offsets, counts, opened = saved.T
         starts = np.cumsum(counts) - counts
@@ -264,8 +312,8 @@ class SnapshotReader:
     def load(self, cache: KVCache, sequence: CachedSequence) -> None:
         """Read keys and values into what was placed for them, and check the digest of it all.
 
-        Call it after `placements`. Raises `CorruptSnapshot` if anything is not as it was written; the sequence then
-        holds nothing of use.
+        Call it after `placements` and `retained`. Raises `CorruptSnapshot` if anything is not as it was written; the
+        sequence then holds nothing of use.
         """
         contents = _contents(cache, sequence, self.token_ids, self.beside)
         if {name for name, _ in contents} | {"digest"} != set(self._file.keys()):
@@ -330,8 +378,15 @@ def _contents(
     contents += [
         (f"positions.{index}", torch.from_numpy(table.positions())) for index, table in enumerate(sequence.tables)
     ]
-    if cache.layout.seals:
+    if _names_blocks(cache, sequence):
         contents += [(f"runs.{index}", _runs_of(own)) for index, own in enumerate(cache.placements(sequence))]
+    if sequence.retained is not None and sequence.retained.policy.scored:
+        # As wide as what comes before, so that what follows is aligned.
+        contents += [
+            (f"scores.{index}", torch.from_numpy(own.astype(np.float64)))
+            for index, own in enumerate(sequence.retained.scores)
+            if cache.groups[index].group.reach.unlimited
+        ]
     held = cache.held(sequence)
     parts = [
         (f"{name}.{layer}", part)
@@ -342,6 +397,25 @@ def _contents(
         (f"{BESIDE}{name}", beside.tensors[name]) for name in sorted(beside.tensors)
     ]
     return contents + sorted([*others, *parts], key=lambda own: -own[1].dtype.itemsize)
+
+
+def _names_blocks(cache: KVCache, sequence: CachedSequence) -> bool:
+    """Whether it matters how the tokens lie in blocks."""
+    return cache.layout.seals or sequence.retained is not None
+
+
+def _of_policy(sequence: CachedSequence, retention: Retention) -> str:
+    """The policy and what it knows besides scores, as JSON."""
+    retained = sequence.retained
+    assert retained is not None, "a context under a policy has tables under it"
+    prompt = retained.prompt
+    return json.dumps(
+        {
+            "policy": described(retention),
+            "prompt": [prompt.start, prompt.stop],
+            "exact_tokens": retained.exact_tokens,
+        }
+    )
 
 
 def _runs_of(placement: Placement) -> Tensor:
@@ -386,66 +460,3 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     if not tensor.numel():
         return memoryview(b"")
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
-
-
-# ---- writing aside -----------------------------------------------------------------------------------------------
-
-
-def _target(path: str | os.PathLike[str]) -> Path:
-    """The file to be replaced: where a link points, not the link."""
-    target = Path(path).expanduser().resolve()
-    if not target.parent.is_dir():
-        raise InvalidRequest(f"there is no folder `{target.parent}` to save a snapshot in.")
-    if target.is_dir():
-        raise InvalidRequest(f"`{target}` is a folder. A snapshot is a file.")
-    if target.exists() and not target.is_file():
-        raise InvalidRequest(f"`{target}` is no regular file, so a snapshot cannot take its place.")
-    return target
-
-
-@contextmanager
-def _written_aside(target: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `target` at the end of the block; if the block fails, it is removed.
-
-    It has one name for each target, so a writer that was killed leaves one file, which the next one writes over.
-    """
-    aside = target.with_name(f".{target.name}.partial")
-    file = _open_alone(aside)
-    try:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-        os.replace(aside, target)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    finally:
-        file.close()
-    _sync_folder(target.parent)
-
-
-def _open_alone(aside: Path) -> BinaryIO:
-    """An empty file that no other process writes; a lock on it ends with the process that holds it."""
-    while True:
-        file = open(aside, "ab")  # noqa: SIM115 (the caller closes it)
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if _is_at(file, aside):
-            file.truncate(0)
-            return file
-        file.close()  # the writer that we waited for has renamed or removed it
-
-
-def _is_at(file: BinaryIO, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _sync_folder(folder: Path) -> None:
-    """Without this a power cut may undo the rename."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,6 +7,7 @@ nothing is copied or reordered while decoding, and the host is not waited for un
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -173,10 +174,13 @@ FOLDED_STEPS = 512
 
 
 class _Column:
-    """One small tensor a step. Long columns are folded into few large tensors, as a stream may have 100,000 steps."""
+    """One small tensor a step. Long columns are folded into few arrays, as a stream may have 100,000 steps.
+
+    Folded numbers take 4 bytes, as do the steps' lengths: ids and indices fit, and log-probabilities are float32.
+    """
 
     def __init__(self) -> None:
-        self._lengths: list[int] = []
+        self._lengths = array("i")
         self._folded: list[Tensor] = []
         self._recent: list[Tensor] = []
 
@@ -188,7 +192,8 @@ class _Column:
         self._lengths.append(tensor.shape[0])
         self._recent.append(tensor)
         if len(self._recent) == FOLDED_STEPS:
-            self._folded.append(torch.cat(self._recent))
+            whole = torch.cat(self._recent)
+            self._folded.append(whole.to(torch.int32) if whole.dtype == torch.int64 else whole)
             self._recent = []
 
     def lists(self) -> list[Any]:

@@ -194,7 +194,6 @@ def _run(lm: LanguageModel, batch: Batch, requests: list[Request], streamer: Any
         return [own for request in requests for own in lm.calls.results(request)]
     if len(requests) > 1 or requests[0].max_rows > 1:
         raise UnsupportedOption("`streamer` is not supported for beams or several sequences: it takes a single one.")
-    lm.calls.submit(requests)
     with Stream(lm.engine, None, lm.calls, requests[0]) as pieces:
         streamer.put(batch.padded.cpu())
         for piece in pieces:

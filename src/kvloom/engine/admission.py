@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kvloom.cache import KVCache
+from kvloom.cache import CachedSequence, KVCache
 from kvloom.cache.retention import Retention
 from kvloom.engine.holding import Holding, Holdings, is_current
 from kvloom.engine.planner import request_blocks, shares_prompt
@@ -55,37 +55,46 @@ class Admission:
             retention=retention,
             source_tokens=0 if source is None else source.tokens,
         )
-        if retention is not None:
-            need = self._under_retention(need, retention, context, prompt_tokens, new_tokens, rows)
-            return self._cache.blocks_and_open(need, rows)
-        constant = shares_prompt(self._binding, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-        if context is not None and context.cached is not None and constant:
-            # The context's full blocks are held already, and never copied.
-            full = (table.full_blocks for table in context.cached.tables)
-            need = tuple(max(own - shared, 1) for own, shared in zip(need, full, strict=True))
+        if context is not None and context.cached is not None:
+            start = self._begins_at(context, context.cached, prompt_tokens, new_tokens, retention)
+            if start is not None:
+                need = self._beside(need, context.cached, start, prompt_tokens, new_tokens, rows)
         # Every row ends in a block of its own.
         return self._cache.blocks_and_open(need, rows)
 
-    def _under_retention(
+    def _begins_at(
         self,
-        need: Blocks,
-        retention: Retention,
-        context: Holding | None,
+        context: Holding,
+        cached: CachedSequence,
         prompt_tokens: int,
         new_tokens: int,
-        rows: int,
+        retention: Retention | None,
+    ) -> int | None:
+        """Up to which token a request shares a context's tables to its end; None if they cannot serve it."""
+        shares = shares_prompt(self._binding, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+        if not shares or context.regime != self._binding.regime(prompt_tokens):
+            return None
+        begins = retention is not None and cached.retained is None
+        reusable = min(prompt_tokens - 1, retention.reusable(prompt_tokens) if begins and retention else prompt_tokens)
+        start = self._cache.unsealed_length(cached, min(reusable, cached.tokens))
+        return start if self._cache.can_truncate(cached, start) else None
+
+    def _beside(
+        self, need: Blocks, cached: CachedSequence, start: int, prompt_tokens: int, new_tokens: int, rows: int
     ) -> Blocks:
-        """`need`, or what the row takes beside a context's blocks: these stay held even where it lets go of them."""
-        if context is None or context.cached is None or context.regime != self._binding.regime(prompt_tokens):
-            return need
-        begins = context.cached.retained is None
-        reusable = min(prompt_tokens - 1, retention.reusable(prompt_tokens) if begins else prompt_tokens)
-        start = self._cache.unsealed_length(context.cached, min(reusable, context.cached.tokens))
-        if not self._cache.can_truncate(context.cached, start):
-            return need
+        """What rows take beside a context whose first `start` tokens they share: its blocks stay held by the context.
+
+        Where nothing is let go of, the full ones among them are part of the rows' own worst case. Where windows or a
+        policy let go, the rows may come to hold none of them, but never more than one block for all that is theirs.
+        """
         blocks = self._cache.layout.blocks_of
-        beside = blocks(prompt_tokens - start) + 1 + rows * (blocks(new_tokens) + 1)
-        return tuple(min(own, beside) for own in need)
+        own = blocks(prompt_tokens - start) + 1 + rows * (blocks(new_tokens) + 1)
+        return tuple(
+            max(most - table.full_blocks, 1)
+            if group.group.reach.cross or (group.group.reach.unlimited and cached.retained is None)
+            else min(most, own)
+            for most, table, group in zip(need, cached.tables, self._cache.groups, strict=True)
+        )
 
     def fits(self, need: Blocks, reserved: Iterable[Blocks]) -> bool:
         """Whether `need` fits beside what is `reserved` and what users' contexts hold."""

@@ -17,6 +17,7 @@ from kvloom.engine.holding import Holding, Restored, is_current
 from kvloom.engine.keeping import Keeping
 from kvloom.engine.looking import Look
 from kvloom.engine.queue import Requests
+from kvloom.engine.retaining import settle
 from kvloom.engine.scoring import CachedScorer, Scored, score_uncached
 from kvloom.errors import InvalidRequest
 from kvloom.models import Binding, Media, Source
@@ -157,16 +158,18 @@ class Contexts:
         *,
         source: Source | None = None,
         media: Media | None = None,
+        retention: Retention | None = None,
     ) -> None:
         """Write a context into a file; tokens of which no keys and values are held any more are computed first."""
         with self._guard.working(new=True):
             origin, beside = self._origin(), beside_of(source, media)
             if holding is not None and is_current(holding, self._binding):
-                self._kept.rows.save(holding, token_ids, path, origin, beside)
+                self._kept.rows.save(holding, token_ids, path, origin, beside, retention)
                 return
-            _, computed = self.compute(list(token_ids), source=source, media=media)
+            settled = self._settled(retention, len(token_ids))
+            _, computed = self.compute(list(token_ids), source=source, media=media, retention=settled)
             try:
-                self._kept.rows.save(computed, token_ids, path, origin, beside)
+                self._kept.rows.save(computed, token_ids, path, origin, beside, retention)
             finally:
                 self._kept.holdings.release(computed)
 
@@ -175,14 +178,21 @@ class Contexts:
 
         Raises:
             SnapshotError: the file is missing, damaged, or of another model. CacheFull: before anything is loaded.
+            InvalidRequest: the model cannot honour the policy as it is attached.
         """
         with self._guard.working(new=True):
             origin = self._origin()
             with open_snapshot(path) as snapshot:
                 snapshot.check_origin(origin)
+                self._settled(snapshot.retention, len(snapshot.token_ids))
                 placements = snapshot.placements(self._kept.cache.layout)
                 self._refuse_unless_held(placements, f"a snapshot of {len(snapshot.token_ids):,} tokens")
                 return self._kept.rows.restore(snapshot, placements)
+
+    def _settled(self, retention: Retention | None, tokens: int) -> Retention | None:
+        """The policy as a context of so many tokens applies it."""
+        layout = self._kept.cache.layout
+        return retention and settle(retention, self._binding, layout, prompt_tokens=tokens, new_tokens=0)
 
     def adopt(self, token_ids: list[int], pairs: Sequence[Pair]) -> Holding:
         """A claimed holding of keys and values that were computed elsewhere; see `foreign.read_pairs`."""

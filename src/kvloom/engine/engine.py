@@ -222,7 +222,8 @@ class Engine:
         rows = children(request, host, self._kept.rows if request.use_cache else None)
         request.rows = [row for row, end in zip(rows, host.finished, strict=True) if not end]
         request.finished_rows += [row for row, end in zip(rows, host.finished, strict=True) if end]
-        request.streamed += zip(host.tokens, host.logprobs, strict=True)
+        if request.untaken is not None:
+            request.untaken.extend(zip(host.tokens, host.logprobs, strict=True))
         if request.decoder.done:
             self._close(request, None)
 

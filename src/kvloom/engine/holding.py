@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvloom.cache import CachedSequence, KVCache
+from kvloom.cache.retention import Retention
 from kvloom.models.binding import Binding, Regime
 from kvloom.models.media import Media
 from kvloom.models.source import Source
@@ -34,6 +35,7 @@ class Restored:
     holding: Holding
     source: Source | None
     media: Media | None
+    retention: Retention | None
 
 
 def is_current(holding: Holding, binding: Binding) -> bool:

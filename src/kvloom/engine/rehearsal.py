@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from kvloom.attention import build_plan
 from kvloom.cache import CachedSequence, CacheLayout, KVCache, place_source
+from kvloom.cache.retention import Retention
+from kvloom.engine.retaining import begin
 from kvloom.models import HostedModel, Source
 from kvloom.models.weightless import Weightless, following_shapes
 
@@ -69,6 +71,7 @@ def step_bytes(
     batch: int,
     step_tokens: int,
     source: Source | None = None,
+    retention: Retention | None = None,
 ) -> int:
     """Bytes of the larger of two steps: the last chunk of the prompts, and the last token of all sequences.
 
@@ -78,15 +81,21 @@ def step_bytes(
         rows: sequences a prompt. batch: prompts.
         step_tokens: the longest chunk.
         source: like those that the prompts are decoded from.
+        retention: the policy of all sequences, which may observe attention.
     """
     tokens = prompt_tokens + rows * (new_tokens + layout.block_tokens) + (0 if source is None else source.tokens)
     # A copy is made before what it copies from is let go of.
     rehearsal = _Rehearsal(model, layout, source, tokens=batch * tokens, sequences=2 * batch * rows)
-    prompts = [rehearsal.grown(rehearsal.open(), prompt_tokens - min(prompt_tokens, step_tokens), step_tokens)]
+
+    def opened() -> CachedSequence:
+        trained = model.binding.max_tokens
+        return begin(rehearsal.open(), retention, prompt_tokens=prompt_tokens, trained_tokens=trained)
+
+    prompts = [rehearsal.grown(opened(), prompt_tokens - min(prompt_tokens, step_tokens), step_tokens)]
     peak = max(rehearsal.encoding_bytes, rehearsal.run(prompts, min(prompt_tokens, step_tokens)))
     if new_tokens:
         # Together in a batch or one after the other, the chunks are no longer than this.
-        prompts += [rehearsal.grown(rehearsal.open(), prompt_tokens, step_tokens) for _ in range(batch - 1)]
+        prompts += [rehearsal.grown(opened(), prompt_tokens, step_tokens) for _ in range(batch - 1)]
         sequences = [prompt if row == 0 else rehearsal.cache.fork(prompt) for prompt in prompts for row in range(rows)]
         sequences = [rehearsal.grown(sequence, new_tokens - 1, step_tokens) for sequence in sequences]
         decision = rows * model.binding.vocab_size * DECISION_BYTES_PER_LOGIT

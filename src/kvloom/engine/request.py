@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -95,6 +96,7 @@ class Request:
         context: tables to fork instead of opening new ones; they stay the caller's.
         context_owner: kept alive with the request, because the tables are freed with it.
         retention: the policy of its sequences, as settled for this request.
+        policy: the same as it was asked for, which contexts of the results go on under.
         source: what an encoder-decoder model decodes the request from; the prompt is its decoder's.
         media: the images and videos of the prompt, the context's included.
         keep_tables: whether finished rows keep their tables, for contexts (beams do not: their hypotheses
@@ -102,6 +104,7 @@ class Request:
         wanted: what is to be seen of its inside; None for nothing.
         looks_from: then, position of the first prompt token whose rows are kept.
         views: then, for each token that was chosen, what its rows have shown, in their order.
+        untaken: of a stream, tokens and log-probabilities that it has not handed out yet; None if nobody streams.
         kept: by token ids, the tables that finished rows have left behind, once the request is done.
     """
 
@@ -113,6 +116,7 @@ class Request:
     context: Holding | None = None
     context_owner: object = None
     retention: Retention | None = None
+    policy: Retention | None = None
     keep_tables: bool = True
     source: Source | None = None
     media: Media | None = None
@@ -124,7 +128,7 @@ class Request:
     started: bool = False
     done: bool = False
     error: BaseException | None = None
-    streamed: list[tuple[int, float]] = field(default_factory=list)
+    untaken: deque[tuple[int, float]] | None = None
     finished_rows: list[Row] = field(default_factory=list)
     kept: dict[tuple[int, ...], Holding] = field(default_factory=dict)
     views: list[list[View]] = field(default_factory=list)

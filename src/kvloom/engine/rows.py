@@ -147,8 +147,13 @@ class CachedRows:
         path: str | os.PathLike[str],
         origin: Origin,
         beside: Beside,
+        retention: Retention | None,
     ) -> None:
-        """Write a holding's tables and what they hold into a file, with what the sequence stands on besides."""
+        """Write a holding's tables and what they hold into a file, with what the sequence stands on besides.
+
+        Args:
+            retention: the policy that the context is under.
+        """
         assert holding.cached is not None, "only tables can be saved"
         if holding.cached.foreign:
             raise InvalidRequest("a context that began with an imported cache cannot be saved. Prefill its token_ids.")
@@ -160,6 +165,7 @@ class CachedRows:
             regime=as_regime(holding.regime),
             origin=origin,
             beside=beside,
+            retention=retention,
         )
 
     def restore(self, snapshot: SnapshotReader, placements: Sequence[Placement]) -> Restored:
@@ -167,6 +173,7 @@ class CachedRows:
         cached = self._with_room(lambda: self._cache.place(placements, tokens=snapshot.tokens))
         row = Row(snapshot.token_ids, cached, snapshot.regime)
         try:
+            cached.retained = snapshot.retained(placements, self._cache.layout, self._binding.max_tokens)
             snapshot.load(self._cache, cached)
             row.source, row.media = self._read_beside(snapshot, placements)
             cached.key = self._key(row.regime, row.source)
@@ -176,7 +183,7 @@ class CachedRows:
         except BaseException:
             self.close(row)
             raise
-        return Restored(row.token_ids, self.hold(row, claimed=True), row.source, row.media)
+        return Restored(row.token_ids, self.hold(row, claimed=True), row.source, row.media, snapshot.retention)
 
     def _read_beside(
         self, snapshot: SnapshotReader, placements: Sequence[Placement]

@@ -53,10 +53,11 @@ def prove_turns(
         UnsupportedModel: positions enter in another way, with what was seen.
     """
     recorded: Recorded = []
-    positions = torch.tensor(POSITIONS, device=next(model.parameters()).device)
     candidates = list(_candidates(model))
     if not candidates:
         raise UnsupportedModel("it has no rotary embedding")
+    # Parameters whose weights were given up for packed copies lie nowhere.
+    positions = torch.tensor(POSITIONS, device=candidates[0][0].device)
     try:
         logits = forward(positions, recorded)
     except (IndexError, RuntimeError) as error:

@@ -160,6 +160,7 @@ def _plan(
             batch=batch.prompts,
             step_tokens=step_tokens,
             source=source,
+            retention=policy,
         ),
         check_bytes=check_bytes(weightless.binding),
         products_bytes=product_bytes(weightless.binding.model, choose_packing()),

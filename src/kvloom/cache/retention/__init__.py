@@ -6,6 +6,7 @@ own, which names its source, where it departs from it, and what it loses.
 
 from kvloom.cache.retention.base import Held, Keep, Retained, Retention, Scores
 from kvloom.cache.retention.compressed_prompt import CompressedPrompt
+from kvloom.cache.retention.described import described, policy_of
 from kvloom.cache.retention.heavy_hitters import HeavyHitters
 from kvloom.cache.retention.last_query import LastQuery
 from kvloom.cache.retention.sight import Part, Sight
@@ -25,4 +26,6 @@ __all__ = [
     "Sight",
     "SinkWindow",
     "TopBlocks",
+    "described",
+    "policy_of",
 ]
