@@ -140,9 +140,9 @@ class Engine:
             retention=request.retention,
             source=request.source,
         )
-        if not admission.fits(request.reserved, ()):
-            self._guard.catch_up_now()
-        admission.refuse_unless_possible(request.reserved, request.describe())
+        admission.refuse_unless_possible(
+            request.reserved, request.describe(), collect=self._guard.catch_up_now
+        )
 
     def _admit(self) -> None:
         """Start waiting requests, in order of arrival, as long as their worst case fits beside the others'."""
