@@ -148,9 +148,7 @@ class Engine:
             retention=request.retention,
             source=request.source,
         )
-        admission.refuse_unless_possible(
-            request.reserved, request.describe(), collect=self._guard.catch_up_now
-        )
+        admission.refuse_unless_possible(request.reserved, request.describe(), collect=self._guard.catch_up_now)
 
     def _admit(self) -> None:
         """Start waiting requests, in order of arrival, as long as their worst case fits beside the others'."""
