@@ -184,7 +184,7 @@ class Calls:
             raise InvalidRequest("there is no prompt. Pass text or token ids.")
         read, several = self.prompts(prompt, context, decoder_input_ids, cue=cue)
         if several:
-            raise InvalidRequest("this call takes a single prompt, and got a list of prompts.")
+            raise InvalidRequest("this call takes a single prompt, and got a list of prompts. Call once for each.")
         return read[0]
 
     def prompt_to_score(self, prompt: Any, context: Context | None, decoder_input_ids: Any) -> Prompt:
@@ -254,7 +254,7 @@ def _encoder_ids(prompt: Prompt, options: Options) -> list[int] | None:
     if prompt.source.token_ids is None and asked:
         raise InvalidRequest(
             "`encoder_repetition_penalty` and `encoder_no_repeat_ngram_size` look at the source's tokens, of which "
-            "features have none."
+            "features have none. Leave them out."
         )
     return None if prompt.source.token_ids is None else list(prompt.source.token_ids)
 

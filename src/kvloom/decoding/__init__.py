@@ -108,7 +108,7 @@ def make_decoder(
 def _observer(options: Options, output_logits: bool, top_logprobs: int, vocab_size: int) -> Observer:
     top = CHECKS["top_logprobs"]("top_logprobs", top_logprobs or options.top_logprobs)
     if top > vocab_size:
-        raise InvalidRequest(f"`top_logprobs={top}` exceeds the vocabulary of {vocab_size} tokens.")
+        raise InvalidRequest(f"`top_logprobs={top}` exceeds the vocabulary of {vocab_size} tokens. Lower it.")
     return Observer(top, output_logits or options.output_logits, options.remove_invalid_values, options.output_scores)
 
 

@@ -96,7 +96,7 @@ class Batch:
             prompt = DEFAULT_PROMPT_TOKENS if limit is None else max(0, min(DEFAULT_PROMPT_TOKENS, limit - new))
         check_length(limit, prompt, new)
         if prompt + new == 0:
-            raise InvalidRequest("`prompt_tokens` and `max_new_tokens` are both 0, so there is nothing to plan.")
+            raise InvalidRequest("`prompt_tokens` and `max_new_tokens` are both 0: nothing to plan. Pass one of them.")
         return prompt, new
 
     def source(self, encoder: Encoder | None) -> Source | None:
