@@ -129,7 +129,7 @@ class Pass:
 
 
 @every_target
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(shape=SHAPES, dtype=st.sampled_from(list(TOLERANCE)), seed=st.integers(0, 99))
 def test_a_layer_is_its_twin(target: str, shape: Shape, dtype: torch.dtype, seed: int) -> None:
     assume(dtype in load(target).dtypes)
