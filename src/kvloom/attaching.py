@@ -192,7 +192,7 @@ def _bind(
         _refuse_given("for callables; a transformers model knows its own", **of_callables)
         return _bind_transformers(wrapped, exclusive=exclusive)
     if not callable(model):
-        raise UnsupportedModel(f"a {type(model).__name__} is neither a transformers model nor callable.")
+        raise UnsupportedModel(f"a {type(model).__name__} is neither a transformers model nor callable. Pass either.")
     if exclusive:
         raise InvalidRequest("`exclusive` is for transformers models: only their linear layers are packed.")
     if x_transformers_class(model) is not None:
@@ -203,14 +203,14 @@ def _bind(
         prove(cached)
         return cached
     if vocab_size is None:
-        raise InvalidRequest("a callable f(token_ids) -> logits needs `vocab_size`.")
+        raise InvalidRequest("a callable f(token_ids) -> logits needs `vocab_size`: pass the width of its logits.")
     return CallableBinding(model, vocab_size=vocab_size, max_tokens=max_tokens, device=device or "cpu")
 
 
 def _refuse_given(reason: str, **given: Any) -> None:
     for name, value in given.items():
         if value is not None:
-            raise InvalidRequest(f"`{name}` is {reason}.")
+            raise InvalidRequest(f"`{name}` is {reason}. Leave it out.")
 
 
 def _bind_transformers(model: PreTrainedModel, *, exclusive: bool) -> HostedModel:

@@ -1,4 +1,4 @@
-"""From a call to requests, and from finished requests to results."""
+"""From a call to requests: what was asked for is read, checked and queued."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from kvloom.cache.retention import Retention
 from kvloom.context import Context, check_context
-from kvloom.decoding import Hypothesis, Options, make_decoder, resolve
-from kvloom.engine import Engine, Request, Usage
-from kvloom.engine.holding import Holding
+from kvloom.decoding import Options, make_decoder, resolve
+from kvloom.engine import Engine, Request
 from kvloom.engine.looking import check_look
 from kvloom.engine.retaining import check_policy, settle
 from kvloom.errors import InvalidRequest, PromptTooLong
-from kvloom.looking import first_seen, inside, wanted_of
+from kvloom.generations import results_of
+from kvloom.looking import first_seen, wanted_of
 from kvloom.models import Media
 from kvloom.prompts import Prompt, PromptReader
-from kvloom.results import Generation, Hypotheses
+from kvloom.results import Hypotheses
 from kvloom.sources import Start, read_sourced, target_side
-from kvloom.text import decode_new, token_strings
 
 OWN_OPTIONS = (
     "retention",
@@ -61,7 +60,7 @@ class Asked:
 
 
 class Calls:
-    """Turns calls into requests on one engine, and what became of them into results.
+    """Turns calls into requests on one engine.
 
     Attributes:
         reader: of prompts that no encoder reads.
@@ -193,7 +192,7 @@ class Calls:
             raise InvalidRequest("there is no prompt. Pass text or token ids.")
         read, several = self.prompts(prompt, context, decoder_input_ids, cue=cue)
         if several:
-            raise InvalidRequest("this call takes a single prompt, and got a list of prompts.")
+            raise InvalidRequest("this call takes a single prompt, and got a list of prompts. Call once for each.")
         return read[0]
 
     def prompt_to_score(self, prompt: Any, context: Context | None, decoder_input_ids: Any) -> Prompt:
@@ -261,43 +260,7 @@ class Calls:
 
     def results(self, request: Request) -> Hypotheses:
         """The sequences of a request that is done."""
-        hypotheses = request.decoder.results()
-        usage = request.usage(sum(len(own.token_ids) for own in hypotheses))
-        generations = []
-        for own in hypotheses:
-            token_ids = [*request.prompt_ids, *own.token_ids]
-            generations.append(
-                self._generation(request, own, token_ids, usage, request.kept.pop(tuple(token_ids), None))
-            )
-        return Hypotheses(generations, request.decoder.sequences())
-
-    def _generation(
-        self, request: Request, own: Hypothesis, token_ids: list[int], usage: Usage, holding: Holding | None
-    ) -> Generation:
-        tokenizer = self._tokenizer
-        steps = [request.views[step][row] for step, row in enumerate(own.rows)] if request.views else []
-        result = Generation(
-            text="" if tokenizer is None else decode_new(tokenizer, request.prompt_ids, own.token_ids),
-            tokens=[] if tokenizer is None else token_strings(tokenizer, own.token_ids),
-            token_ids=own.token_ids,
-            logprobs=own.logprobs,
-            top_logprobs=own.top_logprobs,
-            logits=own.logits,
-            scores=own.scores,
-            attentions=inside(steps, "attentions"),
-            cross_attentions=inside(steps, "cross_attentions"),
-            hidden_states=inside(steps, "hidden_states"),
-            finish_reason=own.finish_reason,
-            score=own.score,
-            usage=usage,
-            _make_context=lambda: Context(
-                self._engine, token_ids, holding, request.policy, source=request.source, media=request.media
-            ),
-        )
-        if holding is not None:
-            # A context that was asked for keeps the tables itself.
-            result.when_dropped(self._engine.contexts.release_unclaimed, holding)
-        return result
+        return results_of(request, self._engine, self._tokenizer)
 
 
 def _encoder_ids(prompt: Prompt, options: Options) -> list[int] | None:
@@ -308,7 +271,7 @@ def _encoder_ids(prompt: Prompt, options: Options) -> list[int] | None:
     if prompt.source.token_ids is None and asked:
         raise InvalidRequest(
             "`encoder_repetition_penalty` and `encoder_no_repeat_ngram_size` look at the source's tokens, of which "
-            "features have none."
+            "features have none. Leave them out."
         )
     return None if prompt.source.token_ids is None else list(prompt.source.token_ids)
 

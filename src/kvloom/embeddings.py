@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import threading
 import weakref
@@ -167,21 +168,28 @@ class EmbeddingModel:
             new = self._read(embeddings, "embeddings", self.binding.dim)
             _check_continuation(past, new, start)
             source = self._read_source(encoder_outputs, past, batch=len(new))
-            return self._extended(past, new, source)
-
-    def _extended(self, past: _Past | None, new: Tensor, source: Source | None) -> Embedded:
-        held = [self.cache.open() for _ in new] if past is None else list(map(self.cache.fork, past.sequences))
-        try:
-            encoder_outputs = source.inputs if past is None and source is not None else None
-            outputs = self.binding.extend(self.cache, held, new, encoder_outputs)
-        except BaseException as error:
-            self._close(tuple(held))
-            if isinstance(error, PoolExhausted):
+            try:
+                return self._extended(past, new, source)
+            except PoolExhausted:
+                gc.collect()  # contexts that were dropped in reference cycles
+                self._release_dropped()
+            try:
+                return self._extended(past, new, source)
+            except PoolExhausted as error:
                 raise CacheFull(
                     f"{len(new)} sequences with {new.shape[1]} new tokens each need {error.need} more blocks of "
                     f"{self.cache.layout.block_tokens} tokens; {error.have} of {self.cache.blocks} are free. Drop "
                     "contexts, or attach with a larger budget_bytes."
                 ) from error
+
+    def _extended(self, past: _Past | None, new: Tensor, source: Source | None) -> Embedded:
+        """Raises `PoolExhausted`, with nothing changed, if the blocks do not suffice."""
+        held = [self.cache.open() for _ in new] if past is None else list(map(self.cache.fork, past.sequences))
+        try:
+            encoder_outputs = source.inputs if past is None and source is not None else None
+            outputs = self.binding.extend(self.cache, held, new, encoder_outputs)
+        except BaseException:
+            self._close(tuple(held))
             raise
         fed = hashlib.blake2b() if past is None else past.fed.copy()
         _feed(fed, new)

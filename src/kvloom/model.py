@@ -6,8 +6,6 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from kvloom.attention import View
@@ -17,20 +15,18 @@ from kvloom.context import Context, check_context
 from kvloom.engine import Engine
 from kvloom.engine.foreign import read_pairs
 from kvloom.engine.looking import Look, check_look
-from kvloom.errors import CacheMismatch, InvalidRequest, PromptTooLong
+from kvloom.errors import InvalidRequest
+from kvloom.extending import check_continuation, run_behind
 from kvloom.inspecting import Inspection, inspect
 from kvloom.looking import wanted_of
 from kvloom.models import Binding
 from kvloom.planning import MemoryPlan, plan_for
-from kvloom.prompts import Prompt, PromptReader, read_prompt
+from kvloom.prompts import PromptReader, read_prompt
 from kvloom.results import Extended
 from kvloom.scoring import Normalize, Scores, score
 from kvloom.stream import Stream
 from kvloom.verify import Report
 from kvloom.verify import verify as run_checks
-
-REPEATED_CONTEXT_TOKENS = 4
-"""From this length on, new tokens that begin with the whole context are taken for the classic mistake."""
 
 
 class LanguageModel:
@@ -216,7 +212,7 @@ class LanguageModel:
         """
         policy = self.calls.policy(retention, context)
         whole = self.calls.prompt(prompt, context, decoder_input_ids, cue=add_generation_prompt)
-        return self._extended(context, whole, all_logits=False, policy=policy)[1]
+        return run_behind(context, whole, self.engine, self.calls, policy=policy)[1]
 
     def extend(
         self,
@@ -245,7 +241,7 @@ class LanguageModel:
         """
         check_context(context)
         new_ids = read_prompt(token_ids, None, vocab_size=self.vocab_size)
-        _check_continuation(context, new_ids, start)
+        check_continuation(context, new_ids, start)
         policy = self.calls.policy(UNSET, context)
         if self.binding.encoder is not None and context is None:
             raise InvalidRequest(
@@ -256,7 +252,9 @@ class LanguageModel:
         wanted = wanted_of(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
         check_look(wanted, self.binding, policy)
         look = None if wanted is None else Look(wanted, 0 if context is None else context.tokens)
-        logits, extended = self._extended(context, whole, all_logits=True, policy=policy, look=look)
+        logits, extended = run_behind(
+            context, whole, self.engine, self.calls, policy=policy, all_logits=True, look=look
+        )
         view = View() if look is None else look.view(extended.tokens)
         return Extended(logits, extended, view.attentions, view.cross_attentions, view.hidden_states)
 
@@ -439,60 +437,7 @@ class LanguageModel:
         """Give the model back to its owner; contexts and this object cannot be used any more."""
         self.engine.shut_down()
 
-    # ---- inside --------------------------------------------------------------------------------------------
-
-    def _extended(
-        self,
-        context: Context | None,
-        whole: Prompt,
-        *,
-        all_logits: bool,
-        policy: Retention | None,
-        look: Look | None = None,
-    ) -> tuple[Tensor, Context]:
-        """Run a prompt that begins with a context's tokens; logits of the new tokens, and the longer context."""
-        holding = None if context is None else context.tables_for(self.engine)
-        token_ids, source, media = whole.token_ids, whole.source, whole.media
-        new = len(token_ids) - (0 if context is None else context.tokens)
-        if policy is None and self.max_tokens is not None and len(token_ids) > self.max_tokens:
-            raise PromptTooLong(
-                f"{len(token_ids):,} tokens exceed the model's context of {self.max_tokens:,}. Shorten them."
-            )
-        settled = self.calls.settled(policy, prompt_tokens=len(token_ids), new_tokens=0, media=media)
-        if self.engine.cache is None:
-            logits = self._uncached_logits(token_ids, new) if all_logits else torch.empty(0)
-            return logits, Context(self.engine, token_ids, None)
-        logits, extended = self.engine.contexts.compute(
-            token_ids,
-            context=holding,
-            logits_of=new if all_logits else 1,
-            source=source,
-            media=media,
-            retention=settled,
-            look=look,
-        )
-        return logits, Context(self.engine, token_ids, extended, policy, source=source, media=media)
-
-    def _uncached_logits(self, token_ids: list[int], last: int) -> Tensor:
-        whole = torch.tensor([token_ids], device=self.binding.device)
-        return self.binding.forward_uncached(whole, last=last)[0]
-
     def __repr__(self) -> str:
         cache = self.engine.cache
         held = "no cache" if cache is None else f"{cache.blocks} blocks of {cache.layout.block_tokens} tokens"
         return f"LanguageModel({self.binding.name}, {held}, {self.binding.dtype}, {self.binding.device})"
-
-
-def _check_continuation(context: Context | None, new_ids: list[int], start: int | None) -> None:
-    held = 0 if context is None else context.tokens
-    if start is not None and (isinstance(start, bool) or start != held):
-        raise CacheMismatch(
-            f"the new tokens must start at position {held}, the end of the context; start={start} was passed. "
-            f"Pass only the tokens that the context does not hold: token_ids[{held}:], start={held}."
-        )
-    longest = 1 if start is None else REPEATED_CONTEXT_TOKENS
-    if context is not None and held >= longest and tuple(new_ids[:held]) == context.token_ids:
-        raise CacheMismatch(
-            f"the {len(new_ids)} new tokens begin with all {held} tokens that the context already holds, which would "
-            f"store them twice. Pass token_ids[{held}:]; if the repetition is meant, extend in two calls."
-        )

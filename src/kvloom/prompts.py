@@ -134,7 +134,7 @@ def read_prompts(prompt: Any, tokenizer: Any, *, vocab_size: int, continues: boo
     """
     if is_list_of_prompts(prompt):
         if not prompt:
-            raise EmptyPrompt("the list of prompts is empty.")
+            raise EmptyPrompt("the list of prompts is empty. Pass at least one.")
         return Prompts(
             [read_prompt(own, tokenizer, vocab_size=vocab_size, continues=continues) for own in prompt], True
         )

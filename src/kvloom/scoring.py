@@ -196,7 +196,7 @@ def _merges(seam: Seam, text: str, name: str) -> str:
 def _check_bytes(texts: Sequence[str | None]) -> None:
     for number, text in enumerate(texts, start=1):
         if text is None:
-            raise InvalidRequest("`normalize='bytes'` needs a tokenizer, which says what the token ids spell.")
+            raise InvalidRequest("`normalize='bytes'` needs a tokenizer, to spell token ids. Use normalize='tokens'.")
         if not text:
             raise InvalidRequest(
                 f"continuation {number} has no text, only special tokens, so `normalize='bytes'` cannot divide by its "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -290,6 +291,18 @@ def test_a_wrong_slice_of_input_is_an_error_that_says_what_to_pass() -> None:
     assert held_blocks(em) == held, "bad input leaks nothing"
     repeated = em.extend(context, x, start=6)
     assert repeated.context.tokens == 16, "a repetition that is meant is said so by `start`"
+
+
+def test_contexts_in_reference_cycles_do_not_keep_the_pool_full() -> None:
+    em = kvloom.attach(decoder(), budget_bytes=16_384 * 6, block_tokens=16)
+    gc.disable()
+    try:
+        cycle: list[object] = [em.extend(None, inputs(2, 33)).context]
+        cycle.append(cycle)
+        del cycle
+        assert em.extend(None, inputs(2, 34)).context.tokens == 34
+    finally:
+        gc.enable()
 
 
 def test_a_full_cache_and_changed_weights_are_said_and_leave_everything_as_it_was() -> None:

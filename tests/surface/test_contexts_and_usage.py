@@ -219,6 +219,26 @@ def test_a_stream_that_is_dropped_frees_its_blocks(lm) -> None:
     assert held_by_tables(lm) == 0 and not lm.engine._requests
 
 
+def test_a_stream_that_the_garbage_collector_drops_in_a_failing_step_frees_its_blocks_once(lm, monkeypatch) -> None:
+    def failing(*_: object, **__: object) -> None:
+        gc.collect()
+        raise RuntimeError("the pass fails after the stream is gone")
+
+    gc.disable()
+    try:
+        stream = lm.stream(ids(16), max_new_tokens=40)
+        next(stream)  # the next step gives it a second block
+        stream.itself = stream
+        del stream
+        with monkeypatch.context() as patched:
+            patched.setattr(lm.binding, "forward", failing)
+            with pytest.raises(RuntimeError, match="the pass fails"):
+                lm.generate(ids(9, seed=1), max_new_tokens=3)
+        assert held_by_tables(lm) == 0
+    finally:
+        gc.enable()
+
+
 def test_finished_sequences_stop_costing_compute(lm, monkeypatch) -> None:
     ran: list[int] = []
     forward = lm.binding.forward

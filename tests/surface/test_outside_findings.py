@@ -7,6 +7,7 @@ import json
 import shutil
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, JetMoeConfig, Llama4ForCausalLM, 
 
 import kvloom
 import tiny
-from kvloom import InvalidRequest, LanguageModel, UnsupportedModel
+from kvloom import CacheFull, InvalidRequest, LanguageModel, UnsupportedModel
 from kvloom.errors import CorruptCheckpoint, ModelError, NumericalError
 
 
@@ -152,15 +153,29 @@ def test_plausible_slips_end_in_a_typed_error(lm: LanguageModel) -> None:
             slip()
 
 
-def test_contexts_in_reference_cycles_do_not_keep_the_pool_full(lm: LanguageModel) -> None:
-    size = lm.engine.cache.layout.bytes_per_row_of_blocks
-    small = kvloom.attach(lm.binding.model, budget_bytes=10 * size)
+NEEDS_A_FREE_POOL: dict[str, Callable[[LanguageModel, Path], object]] = {
+    "generate": lambda small, saved: small.generate([1, 2, 3], max_new_tokens=60),
+    "prefill": lambda small, saved: small.prefill(list(range(60, 0, -1))),
+    "score": lambda small, saved: small.score([[4] * 60], prompt=[1, 2, 3]),
+    "restore": lambda small, saved: small.restore(saved),
+    "import_cache": lambda small, saved: small.import_cache(
+        range(60), small.binding.model(torch.arange(60)[None], use_cache=True).past_key_values
+    ),
+}
+
+
+@pytest.mark.parametrize("call", NEEDS_A_FREE_POOL)
+def test_contexts_in_reference_cycles_do_not_keep_the_pool_full(lm: LanguageModel, tmp_path: Path, call: str) -> None:
+    lm.prefill(list(range(50, 110))).save(saved := tmp_path / "saved.kv")
+    small = kvloom.attach(lm.binding.model, budget_bytes=10 * lm.engine.cache.layout.bytes_per_row_of_blocks)
     gc.disable()
     try:
         cycle = [small.prefill(list(range(1, 90)) + list(range(1, 40)))]
         cycle.append(cycle)
+        with pytest.raises(CacheFull):
+            NEEDS_A_FREE_POOL[call](small, saved)
         del cycle
-        assert len(small.generate([1, 2, 3], max_new_tokens=60).token_ids) == 60
+        NEEDS_A_FREE_POOL[call](small, saved)
     finally:
         gc.enable()
 

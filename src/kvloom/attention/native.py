@@ -20,8 +20,7 @@ from kvloom.attention.plan import GroupPlan
 from kvloom.attention.schedule import Schedule, Scheduler
 from kvloom.cache import AnyStore, Int8Store, MixedKept, Sealed
 from kvloom.native import Library, native
-
-ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from kvloom.native.linear import DTYPES
 
 SET_ROWS = 128
 """Query rows that go through a block of keys together: enough to make laying it out cheap, few enough for the cache."""
@@ -77,7 +76,7 @@ class NativeAttention:
         schedule = self.schedule(plan, max(1, SET_ROWS // group))
         output = queries.new_empty(tokens, heads, value_dim)
         threads = torch.get_num_threads()
-        what = (ELEMENTS[queries.dtype], schedule.numbers.ctypes.data, kv_heads, group, key_dim, value_dim)
+        what = (DTYPES[queries.dtype], schedule.numbers.ctypes.data, kv_heads, group, key_dim, value_dim)
         self._attend(
             *what,
             *(queries.data_ptr(), queries.stride(0), queries.stride(1)),
@@ -104,7 +103,7 @@ class NativeAttention:
 
     def bytes_for(self, schedule: Schedule, dtype: torch.dtype, *, heads: int, kv_heads: int, dim: int) -> int:
         """How many bytes of memory such a layer's attention works in."""
-        what = (ELEMENTS[dtype], schedule.numbers.ctypes.data, kv_heads, heads // kv_heads, dim, dim)
+        what = (DTYPES[dtype], schedule.numbers.ctypes.data, kv_heads, heads // kv_heads, dim, dim)
         wanted: int = self._bytes(*what, torch.get_num_threads())
         return wanted
 

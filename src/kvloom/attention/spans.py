@@ -99,6 +99,7 @@ class SpanBuilder:
         self._device = device
 
     def build(self, sources: Sequence[Source]) -> tuple[Span, ...]:
+        """Spans that cover every pair of a query and a key that it sees exactly once."""
         if self._reach.cross:
             return self._cross_spans(sources)
         spans: list[Span] = []
@@ -350,8 +351,10 @@ def _by_length(remains: list[_Remains]) -> list[list[_Remains]]:
 
 
 def additive(seen: npt.NDArray[np.bool_], device: torch.device) -> Tensor:
+    """float32 of the same shape: 0 where a key is seen, minus infinity elsewhere."""
     return as_tensor(np.where(seen, np.float32(0), np.float32(-np.inf)), device)
 
 
 def as_tensor(array: npt.NDArray[np.generic], device: torch.device | str) -> Tensor:
+    """The same numbers on a device."""
     return torch.from_numpy(np.ascontiguousarray(array)).to(device)

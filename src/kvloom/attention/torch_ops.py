@@ -6,6 +6,8 @@ partial results are merged by these. A shared prefix is one matrix product for a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -27,34 +29,40 @@ def attend(
     turn: Turn | None = None,
     bounds: Tensor | None = None,
 ) -> Tensor:
-    """The same as `reference.attend`, span by span; see there for shapes."""
-    if plan.whole:
-        output, log_sums = _partial(queries, keys, values, plan.spans[0], scale, softcap, turn, bounds)
-    else:
-        output, log_sums = _merge(queries, keys, values, plan, scale, softcap, turn, bounds)
+    """The same as `reference.attend`, span by span; see there for shapes.
+
+    Args:
+        bounds: [2, kv_heads, blocks, key_dim], the least and the largest of each block's keys, for sources that choose.
+    """
+    layer = _Layer(queries, keys, values, scale, softcap, turn, bounds)
+    output, log_sums = _partial(layer, plan.spans[0]) if plan.whole else _merge(layer, plan)
     if sinks is not None:
         # The sink adds exp(sink) to the softmax's denominator and nothing to its numerator.
         output = output * torch.sigmoid(log_sums - sinks.float())[..., None]
     return output.to(queries.dtype)
 
 
-def _merge(
-    queries: Tensor,
-    keys: Tensor | MixedKept,
-    values: Tensor | MixedKept,
-    plan: GroupPlan,
-    scale: float,
-    softcap: float | None,
-    turn: Turn | None,
-    bounds: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """The arguments of `attend` but for the plan."""
+
+    queries: Tensor
+    keys: Tensor | MixedKept
+    values: Tensor | MixedKept
+    scale: float
+    softcap: float | None
+    turn: Turn | None
+    bounds: Tensor | None
+
+
+def _merge(layer: _Layer, plan: GroupPlan) -> tuple[Tensor, Tensor]:
     """Output [tokens, heads, value_dim] and log-sum-exp [tokens, heads], in the accumulator's dtype."""
-    tokens, heads = queries.shape[:2]
-    dtype = _accumulator(queries.dtype)
-    output = torch.zeros(tokens, heads, values.shape[-1], dtype=dtype, device=queries.device)
-    log_sums = torch.full((tokens, heads), -torch.inf, dtype=dtype, device=queries.device)
+    tokens, heads = layer.queries.shape[:2]
+    dtype, device = _accumulator(layer.queries.dtype), layer.queries.device
+    output = torch.zeros(tokens, heads, layer.values.shape[-1], dtype=dtype, device=device)
+    log_sums = torch.full((tokens, heads), -torch.inf, dtype=dtype, device=device)
     for span in plan.spans:
-        part, part_log_sums = _partial(queries, keys, values, span, scale, softcap, turn, bounds)
+        part, part_log_sums = _partial(layer, span)
         before = log_sums[span.rows]
         after = torch.logaddexp(before, part_log_sums)
         old, new = (before - after).exp_()[..., None], (part_log_sums - after).exp_()[..., None]
@@ -63,33 +71,26 @@ def _merge(
     return output, log_sums
 
 
-def _partial(
-    queries: Tensor,
-    keys: Tensor | MixedKept,
-    values: Tensor | MixedKept,
-    span: Span,
-    scale: float,
-    softcap: float | None,
-    turn: Turn | None,
-    bounds: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _partial(layer: _Layer, span: Span) -> tuple[Tensor, Tensor]:
     """Attention within one span.
 
     Returns:
-        output [rows, heads, value_dim] and log-sum-exp float32[rows, heads].
+        output [rows, heads, value_dim] and log-sum-exp [rows, heads], as sums are kept.
     """
-    heads, dim, kv_heads = queries.shape[1], queries.shape[2], keys.shape[0]
-    own = queries[span.rows]
-    if turn is not None and span.shift is not None:
-        own = turn.back(own, span.shift)
+    heads, dim, kv_heads = layer.queries.shape[1], layer.queries.shape[2], layer.keys.shape[0]
+    own = layer.queries[span.rows]
+    if layer.turn is not None and span.shift is not None:
+        own = layer.turn.back(own, span.shift)
     own = own.view(span.batch, -1, kv_heads, heads // kv_heads, dim).permute(0, 2, 3, 1, 4)
-    kernel = _flash if _flash_serves(queries, keys.shape[-1], values.shape[-1], softcap) else _plain
     slots = span.slots
     if isinstance(slots, Choice):
-        assert bounds is not None, "a choice is made by the bounds of blocks"
-        slots = _chosen(own[0, :, :, 0], slots, bounds, keys.shape[1] // bounds.shape[2])
-    read_keys, read_values = (_read(kept, slots, span.native) for kept in (keys, values))
-    output, log_sums = kernel(own, read_keys, read_values, span.mask, scale, softcap)
+        assert layer.bounds is not None, "a choice is made by the bounds of blocks"
+        slots = _chosen(own[0, :, :, 0], slots, layer.bounds, layer.keys.shape[1] // layer.bounds.shape[2])
+    keys, values = (_read(kept, slots, span.native) for kept in (layer.keys, layer.values))
+    if _flash_serves(layer):
+        output, log_sums = _flash(own, keys, values, span.mask, layer.scale)
+    else:
+        output, log_sums = _plain(own, keys, values, span.mask, layer.scale, layer.softcap)
     output = output.permute(0, 3, 1, 2, 4).reshape(-1, heads, output.shape[-1])
     return output, log_sums.permute(0, 3, 1, 2).reshape(-1, heads)
 
@@ -167,34 +168,29 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _flash_serves(queries: Tensor, key_dim: int, value_dim: int, softcap: float | None) -> bool:
+def _flash_serves(layer: _Layer) -> bool:
     """Whether PyTorch's fused CPU attention can do the work.
 
     It has no soft-cap, wants equal head sizes, and misreads a float32 mask where queries are float64.
     """
     return (
-        queries.device.type == "cpu"
-        and queries.dtype != torch.float64
-        and softcap is None
-        and key_dim == value_dim
+        layer.queries.device.type == "cpu"
+        and layer.queries.dtype != torch.float64
+        and layer.softcap is None
+        and layer.keys.shape[-1] == layer.values.shape[-1]
         and _FLASH is not None
     )
 
 
 def _flash(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor | str | None,
-    scale: float,
-    softcap: float | None,
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | str | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """PyTorch's fused CPU attention, which also returns the log-sum-exp that `F.scaled_dot_product_attention` hides.
+    """The same by PyTorch's fused CPU attention: it gives the log-sum-exp that `F.scaled_dot_product_attention` hides.
 
     Without a mask the heads of a group are folded into rows, so that each key is read once for all of them.
     """
     batch, kv_heads, group, rows, dim = queries.shape
-    assert _FLASH is not None and softcap is None, "checked by _flash_serves"
+    assert _FLASH is not None, "checked by _flash_serves"
     if mask is None:
         folded = queries.reshape(batch, kv_heads, group * rows, dim)
         output, log_sums = _FLASH(folded, keys, values, 0.0, False, scale=scale)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from kvloom.cli.bench_quality import run_quality
-from kvloom.cli.bench_speed import run_speed
+from kvloom import __version__
+from kvloom.cli import bench_quality_plot, bench_speed_plot, show
+from kvloom.cli.bench_quality import print_quality
+from kvloom.cli.bench_speed import print_speed
 from kvloom.cli.figure import refuse_unless_plottable
 from kvloom.cli.group import Command
 from kvloom.cli.params import json_option, load_model, model_name, model_options, option, plot_option, quiet_option
+from kvloom.cli.terminal import counting_runs
 from kvloom.errors import InvalidRequest
 
 POSITIVE = click.IntRange(min=1)
@@ -172,8 +177,38 @@ def bench(
         work |= {"num_beams": num_beams, "batch": batch, "runs": runs}
     # What was left open is for the measurement to choose.
     chosen = {name: own for name, own in work.items() if own not in (None, ())}
-    run = run_quality if quality else run_speed
-    run(lm, model_name(settings["model"]), plot=plot, as_json=as_json, quiet=quiet, **chosen)
+    measurement = _quality() if quality else _speed()
+    with counting_runs(measurement.name, quiet=quiet) as on_progress:
+        report = measurement.measure(lm, on_progress=on_progress, **chosen)
+    model = model_name(settings["model"])
+    if plot is not None:
+        measurement.draw(report, model, plot)
+    if as_json:
+        show.print_json({"kvloom": __version__, "model": model, **report.to_dict()})
+    else:
+        measurement.show(report, model)
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """One of the two: by what it is measured, drawn to a file, and printed."""
+
+    name: str
+    measure: Callable[..., Any]
+    draw: Callable[[Any, str, Path], None]
+    show: Callable[[Any, str], None]
+
+
+def _speed() -> _Measurement:
+    from kvloom.bench import measure_speed
+
+    return _Measurement("bench", measure_speed, bench_speed_plot.draw, print_speed)
+
+
+def _quality() -> _Measurement:
+    from kvloom.bench.quality import measure_quality
+
+    return _Measurement("quality", measure_quality, bench_quality_plot.draw, print_quality)
 
 
 def _refuse_options_of(section: str, ctx: click.Context) -> None:

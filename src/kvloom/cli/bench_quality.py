@@ -4,43 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from kvloom import __version__
-from kvloom.cli import show
-from kvloom.cli.terminal import counting_runs, plain_table, stdout_console
+from kvloom.cli.terminal import plain_table, titled_console
 from kvloom.units import readable_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from kvloom.bench.quality import Outcome, QualityReport
-    from kvloom.model import LanguageModel
 
 
-def run_quality(lm: LanguageModel, model: str, *, plot: Path | None, as_json: bool, quiet: bool, **work: Any) -> None:
-    """Measure, draw and print."""
-    from kvloom.bench.quality import measure_quality
-
-    with counting_runs("quality", quiet=quiet) as on_progress:
-        report = measure_quality(lm, on_progress=on_progress, **work)
-    if plot is not None:
-        from kvloom.cli.bench_quality_plot import draw
-
-        draw(report, model, plot)
-    if as_json:
-        show.print_json({"kvloom": __version__, "model": model, **report.to_dict()})
-    else:
-        _print(report, model)
-
-
-def _print(report: QualityReport, model: str) -> None:
+def print_quality(report: QualityReport, model: str) -> None:
+    """What was lost, as a table for each codec."""
     from rich.text import Text
 
-    console = stdout_console()
-    console.print(Text(model, style="bold"), soft_wrap=True)
-    console.print(Text("\n".join(_facts(report)), style="dim"), soft_wrap=True)
+    console = titled_console(model, *_facts(report))
     for codec, outcomes in groupby(report.outcomes, key=lambda own: own.setting.codec):
         console.print(_table(list(outcomes), codec))
     for setting, reason in report.refused:

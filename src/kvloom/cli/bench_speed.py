@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from kvloom import __version__
-from kvloom.cli import show
-from kvloom.cli.terminal import counting_runs, plain_table, stdout_console
+from kvloom.cli.terminal import plain_table, titled_console
 from kvloom.units import readable_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from kvloom.bench import SpeedReport
-    from kvloom.model import LanguageModel
 
 
-def run_speed(lm: LanguageModel, model: str, *, plot: Path | None, as_json: bool, quiet: bool, **work: Any) -> None:
-    """Measure, draw and print."""
-    from kvloom.bench import measure_speed
-
-    with counting_runs("bench", quiet=quiet) as on_progress:
-        report = measure_speed(lm, on_progress=on_progress, **work)
-    if plot is not None:
-        from kvloom.cli.bench_speed_plot import draw
-
-        draw(report, model, plot)
-    if as_json:
-        show.print_json({"kvloom": __version__, "model": model, **report.to_dict()})
-    else:
-        _print(report, model)
-
-
-def _print(report: SpeedReport, model: str) -> None:
+def print_speed(report: SpeedReport, model: str) -> None:
+    """What was timed, as tables."""
     from rich.text import Text
 
-    console = stdout_console()
-    console.print(Text(model, style="bold"), soft_wrap=True)
     facts = f"{report.dtype} on {report.device}, {report.threads} threads, attached through the {report.binding}"
-    console.print(Text(facts, style="dim"), soft_wrap=True)
+    console = titled_console(model, facts)
     console.print(_works(report))
     console.print(_growth(report))
     console.print(Text.assemble(("memory reads at ", "dim"), f"{report.bandwidth / 1e9:.0f} GB/s", *_weights(report)))

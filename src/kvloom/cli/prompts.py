@@ -46,5 +46,5 @@ def read_ids(text: str, *, what: str = "the prompt") -> list[int]:
     if wrong is not None:
         raise InvalidRequest(f"`{wrong}` is not a token id; with --token-ids {what} is integers.")
     if not words:
-        raise EmptyPrompt(f"{what} holds no token ids.")
+        raise EmptyPrompt(f"{what} holds no token ids. Pass at least one.")
     return [int(word) for word in words]

@@ -54,6 +54,16 @@ def stdout_console() -> Console:
     return Console(file=sys.stdout, highlight=False)
 
 
+def titled_console(title: str, *facts: str) -> Console:
+    """A console for stdout, on which stand a title and under it a line for each fact."""
+    from rich.text import Text
+
+    console = stdout_console()
+    console.print(Text(title, style="bold"), soft_wrap=True)
+    console.print(Text("\n".join(facts), style="dim"), soft_wrap=True)
+    return console
+
+
 def complain(message: str) -> None:
     """An error: one line, wrapped only where somebody reads it in a terminal."""
     _say("kvloom", message, "red")

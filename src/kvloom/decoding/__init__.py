@@ -111,7 +111,7 @@ def _observer(
 ) -> Observer:
     top = CHECKS["top_logprobs"]("top_logprobs", top_logprobs or options.top_logprobs)
     if top > vocab_size:
-        raise InvalidRequest(f"`top_logprobs={top}` exceeds the vocabulary of {vocab_size} tokens.")
+        raise InvalidRequest(f"`top_logprobs={top}` exceeds the vocabulary of {vocab_size} tokens. Lower it.")
     return Observer(
         top,
         output_logits or options.output_logits,

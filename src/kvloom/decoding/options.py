@@ -237,7 +237,7 @@ def _check_together(options: Options) -> None:
     bos = () if options.forced_bos_token_id is None else (options.forced_bos_token_id,)
     for forced in (bos, options.forced_eos_token_id or ()):
         if forced and suppressed.issuperset(forced):
-            raise InvalidRequest(f"`suppress_tokens` forbids {list(forced)}, which another option forces.")
+            raise InvalidRequest(f"`suppress_tokens` forbids {list(forced)}, which another option forces. Change one.")
 
 
 def _warn_unused(asked: Mapping[str, Any], options: Options) -> None:

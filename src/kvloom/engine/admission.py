@@ -6,7 +6,7 @@ requests wait instead, and one that could never fit is refused before any work.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from kvloom.cache import CachedSequence, KVCache
 from kvloom.cache.retention import Retention
@@ -114,9 +114,21 @@ class Admission:
         *,
         reserved: Iterable[Blocks] = (),
         remedy: str = "or lower max_new_tokens or the number of sequences",
+        collect: Callable[[], None] | None = None,
     ) -> None:
-        """Raise `CacheFull` with need, have and remedy if `need` does not fit."""
-        if self.fits(need, reserved := list(reserved)):
+        """Raise `CacheFull` with need, have and remedy if `need` does not fit.
+
+        Args:
+            need: of `worst_case`.
+            what: needs it, the subject of the message.
+            reserved: what running requests may come to need.
+            remedy: besides a larger budget.
+            collect: lets go of contexts that users have dropped; called before a refusal. None inside a step.
+        """
+        reserved = list(reserved)
+        if collect is not None and not self.fits(need, reserved):
+            collect()
+        if self.fits(need, reserved):
             return
         layout, capacity = self._cache.layout, self._cache.capacity
         held = self._holdings.claimed_blocks()

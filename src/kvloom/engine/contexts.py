@@ -11,6 +11,7 @@ from torch import Tensor
 from kvloom.cache.placement import Placement
 from kvloom.cache.retention import Retention
 from kvloom.cache.snapshot import Origin, open_snapshot
+from kvloom.engine.admission import Blocks
 from kvloom.engine.foreign import Pair
 from kvloom.engine.guard import Guard
 from kvloom.engine.holding import Holding, Restored, is_current
@@ -71,8 +72,7 @@ class Contexts:
             need = admission.worst_case(
                 prompt_tokens=tokens, rows=1, context=context, source=source, retention=retention
             )
-            what = f"a context of {tokens:,} tokens"
-            admission.refuse_unless_possible(need, what, reserved=self._requests.reserved)
+            self._refuse_unless_possible(need, f"a context of {tokens:,} tokens")
             row = rows.open(token_ids, context, logits_of=logits_of, source=source, media=media, retention=retention)
             row.look = look
             try:
@@ -124,10 +124,9 @@ class Contexts:
                 most_open_blocks=admission.free_open_blocks(reserved),
                 retention=retention,
             )
-            admission.refuse_unless_possible(
+            self._refuse_unless_possible(
                 scorer.worst_case(admission),
                 f"scoring {len(continuations):,} continuations of a {len(prompt_ids):,}-token prompt",
-                reserved=reserved,
                 remedy="or score fewer of them in a call",
             )
             return scorer.run()
@@ -203,11 +202,15 @@ class Contexts:
 
     def _refuse_unless_held(self, placements: Sequence[Placement], what: str) -> None:
         """Raise `CacheFull` if a context from elsewhere does not fit."""
+        need = self._kept.cache.blocks_and_open(tuple(len(own.runs) for own in placements), 1)
+        self._refuse_unless_possible(need, what)
+
+    def _refuse_unless_possible(
+        self, need: Blocks, what: str, *, remedy: str = "or close contexts that are no longer needed"
+    ) -> None:
+        """Raise `CacheFull` if `need` does not fit beside what runs and what users hold."""
         self._kept.admission.refuse_unless_possible(
-            self._kept.cache.blocks_and_open(tuple(len(own.runs) for own in placements), 1),
-            what,
-            reserved=self._requests.reserved,
-            remedy="or close contexts that are no longer needed",
+            need, what, reserved=self._requests.reserved, remedy=remedy, collect=self._guard.catch_up_now
         )
 
     def _origin(self) -> Origin:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from kvloom.cache import Codec
 from kvloom.decoding import HostStep, Step, to_host
@@ -109,7 +110,23 @@ class Engine:
             self._emit(StepDone(prompt_tokens, decoded_rows, pending, self.cache.blocks_in_use if self.cache else 0))
 
     def abort(self, request: Request) -> None:
-        """Close a request, finished or not, and let go of its blocks."""
+        """Close a request, finished or not, and let go of its blocks.
+
+        May be called more than once, and by the garbage collector, which drops streams at any moment, in the middle of
+        a step; then it waits for the step's end.
+        """
+        self._guard.put_off(partial(self._abort, request))
+
+    def shut_down(self) -> None:
+        """Close every request and holding, and detach from the model."""
+        with self._guard.working():
+            for request in self._requests:
+                self._abort(request)
+            if self._keeping is not None:
+                self._keeping.holdings.release_all()
+            self._guard.close()
+
+    def _abort(self, request: Request) -> None:
         with self._guard.working():
             if not request.done:
                 self._close(request, None)
@@ -117,15 +134,6 @@ class Engine:
             for holding in request.kept.values():
                 self._kept.holdings.release(holding)
             request.kept.clear()
-
-    def shut_down(self) -> None:
-        """Close every request and holding, and detach from the model."""
-        with self._guard.working():
-            for request in self._requests:
-                self.abort(request)
-            if self._keeping is not None:
-                self._keeping.holdings.release_all()
-            self._guard.close()
 
     # ---- admission -----------------------------------------------------------------------------------------
 
@@ -140,9 +148,7 @@ class Engine:
             retention=request.retention,
             source=request.source,
         )
-        if not admission.fits(request.reserved, ()):
-            self._guard.catch_up_now()
-        admission.refuse_unless_possible(request.reserved, request.describe())
+        admission.refuse_unless_possible(request.reserved, request.describe(), collect=self._guard.catch_up_now)
 
     def _admit(self) -> None:
         """Start waiting requests, in order of arrival, as long as their worst case fits beside the others'."""

@@ -48,7 +48,7 @@ class Observation:
         stepwise: the largest difference between the last token's logits computed on the cache and computed whole.
         tolerance: below which such differences are rounding.
         bytes_per_token: of keys and values, in all layers.
-        layers, query_heads, kv_heads: of the model; heads are those of the shown layer.
+        layers, kv_heads: of the model; heads are those of the shown layer.
     """
 
     model: str
@@ -63,7 +63,6 @@ class Observation:
     tolerance: float
     bytes_per_token: int
     layers: int
-    query_heads: int
     kv_heads: int
 
 
@@ -109,7 +108,6 @@ def observe(
         tolerance=1e-4 if binding.dtype == torch.float32 else 5e-2,
         bytes_per_token=lm.engine.cache.layout.bytes_per_token,
         layers=len(seen.layers),
-        query_heads=shown.shape[0],
         kv_heads=seen.layers[layer].keys.shape[0],
     )
 

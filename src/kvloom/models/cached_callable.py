@@ -8,7 +8,6 @@ is gathered and handed to it in the form that it returned.
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,6 +22,7 @@ from kvloom.errors import UnsupportedModel
 from kvloom.models.binding import Regime
 from kvloom.models.callable import CallableBinding
 from kvloom.models.dense import DenseBatch, run_dense, run_order
+from kvloom.models.identity import digest_of_writes
 from kvloom.models.media import Media
 from kvloom.models.probe import AttentionCall
 from kvloom.models.step_cache import step_cache
@@ -153,16 +153,6 @@ class CachedCallableBinding(CallableBinding):
         """Logits of whole sequences, without a cache."""
         logits: Tensor = self._cached_function(token_ids, past_key_values=None, use_cache=False).logits
         return logits
-
-
-def digest_of_writes(modules: Sequence[nn.Module]) -> bytes:
-    """Digest of where the weights of modules lie, and how often they were written in place."""
-    digest = hashlib.blake2b(digest_size=16)
-    for module in modules:
-        for parameter in module.parameters():
-            writes = 0 if parameter.is_inference() else parameter._version
-            digest.update(f"{parameter.data_ptr()} {writes} ".encode())
-    return digest.digest()
 
 
 def _form(past: Any) -> Callable[[tuple[tuple[Tensor, Tensor], ...]], Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import threading
 from abc import ABC, abstractmethod
@@ -20,7 +19,7 @@ from kvloom.cache import AnyStore, LayerShape
 from kvloom.errors import UnsupportedModel
 from kvloom.models.binding import Regime
 from kvloom.models.encoder import Encoder
-from kvloom.models.identity import Identity, identify
+from kvloom.models.identity import Identity, digest_of_writes, identify
 from kvloom.models.implementation import Implementation
 from kvloom.models.inside import asked, views_in, without_traces
 from kvloom.models.media import Media
@@ -122,13 +121,7 @@ class HostedModel(ABC):
 
         Writing through `parameter.data` leaves no trace that PyTorch keeps: attach again after that.
         """
-        digest = hashlib.blake2b(digest_size=16)
-        for parameter in self.model.parameters():
-            # Weights made under inference_mode count no writes, and can only be written under it.
-            writes = 0 if parameter.is_inference() else parameter._version
-            digest.update(f"{parameter.data_ptr()} {writes} ".encode())
-        digest.update(self._adapters().encode())
-        return digest.digest()
+        return digest_of_writes([self.model], adapters=self._adapters())
 
     def identity(self) -> Identity:
         """Digest of config, weights and active adapters, computed when first asked for and after a change."""

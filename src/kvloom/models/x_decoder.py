@@ -14,8 +14,8 @@ from torch import Tensor
 from kvloom.attention import build_plan
 from kvloom.cache import CachedSequence, CacheLayout, KVCache, LayerShape, Store, in_own_dtype, place_source
 from kvloom.errors import AttachMismatch, KVLoomError, UnsupportedModel
-from kvloom.models.cached_callable import digest_of_writes
 from kvloom.models.dense import DenseBatch, dense_batches
+from kvloom.models.identity import digest_of_writes
 from kvloom.models.tolerance import TOLERANCE
 from kvloom.models.x_transformers import attention_layers, gathered, layer_cache, refuse_decoder, rows_of, source_dim
 

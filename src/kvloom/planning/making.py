@@ -100,14 +100,7 @@ def _plan(
     step_tokens: int = STEP_TOKENS,
 ) -> MemoryPlan:
     policy, rows = batch.retention, batch.rows
-    check_codec_of(binding, batch.codec)
-    layout = CacheLayout(
-        layers=binding.layers,
-        dtype=binding.dtype,
-        block_tokens=batch.block_tokens,
-        block_bounds=isinstance(policy, TopBlocks),
-        codec=batch.codec,
-    )
+    layout = _layout(batch, binding)
     limit = None if policy is not None and policy.reindexes else binding.max_tokens
     source = batch.source(binding.encoder)
     prompt, new = batch.lengths(limit, binding.encoder)
@@ -123,11 +116,7 @@ def _plan(
         step_tokens=step_tokens,
         retention=policy,
     )
-    budget = batch.budget_bytes or budget_bytes
-    if budget is None:
-        budget = default_budget_bytes(
-            layout, max_tokens=longest_kept(binding), device=binding.device, taken_bytes=weights.load_bytes
-        )
+    budget = batch.budget_bytes or budget_bytes or _default_budget(layout, binding, weights)
     pool = layout.pool_blocks(budget)
     return MemoryPlan(
         model=name,
@@ -166,6 +155,23 @@ def _plan(
         products_bytes=product_bytes(weightless.binding.model, choose_packing()),
         baseline_bytes=baseline,
         _blocks=blocks,
+    )
+
+
+def _layout(batch: Batch, binding: Binding) -> CacheLayout:
+    check_codec_of(binding, batch.codec)
+    return CacheLayout(
+        layers=binding.layers,
+        dtype=binding.dtype,
+        block_tokens=batch.block_tokens,
+        block_bounds=isinstance(batch.retention, TopBlocks),
+        codec=batch.codec,
+    )
+
+
+def _default_budget(layout: CacheLayout, binding: Binding, weights: Weights) -> int:
+    return default_budget_bytes(
+        layout, max_tokens=longest_kept(binding), device=binding.device, taken_bytes=weights.load_bytes
     )
 
 

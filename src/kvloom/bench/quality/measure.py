@@ -108,7 +108,7 @@ def measure_quality(
 def _context_tokens(lm: LanguageModel, prompt_tokens: int | None, new_tokens: int) -> int:
     """How long contexts are: so that what follows them fits the model."""
     if lm.engine.cache is None:
-        raise InvalidRequest("this model keeps no keys and values, so there is nothing to keep less of.")
+        raise InvalidRequest("this model keeps no keys and values, so nothing can be kept less of. Measure its speed.")
     if lm.tokenizer is None:
         raise InvalidRequest("texts and questions are measured on, so a tokenizer is needed. Attach one.")
     longest = lm.max_tokens or 1 << 30

@@ -72,9 +72,9 @@ def read_text(path: str | Path | None) -> str:
     except OSError as error:
         raise InvalidRequest(f"`text={path}` cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        raise InvalidRequest(f"`text={path}` is not text in UTF-8.") from error
+        raise InvalidRequest(f"`text={path}` is not text in UTF-8. Convert it.") from error
     if not text.strip():
-        raise InvalidRequest(f"`text={path}` is empty.")
+        raise InvalidRequest(f"`text={path}` is empty. Pass another file.")
     return text
 
 

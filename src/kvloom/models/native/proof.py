@@ -19,7 +19,7 @@ from kvloom.cache import AnyStore, CacheLayout, KVCache, Store, in_own_dtype
 from kvloom.models.binding import Regime
 from kvloom.models.native.decoder import NativeModel
 from kvloom.models.native.recognise import ModelParts, Unrecognised
-from kvloom.native.ops import rotary_factors
+from kvloom.native.reference import rotary_factors
 
 PAST_TOKENS, NEW_TOKENS, OTHER_TOKENS = 11, 3, 5
 BLOCK_TOKENS = 4
