@@ -16,7 +16,7 @@ template <class E> class Worker {
 
 public:
     Worker(const Layer& layer, char* memory)
-        : layer_(layer), shape_(layer.shape), space_(shape_, layer.schedule.header->widest * shape_.group, layer.sealed_keys, memory),
+        : layer_(layer), shape_(layer.shape), space_(shape_, layer.schedule.header->widest * shape_.group, layer.schedule.header->sealed, memory),
           head_(layer, 0), numbers_(shape_, space_), codes_(shape_, space_) {
         std::fill(space_.nothing, space_.nothing + std::max(shape_.key_dim, shape_.value_dim), P());
     }
@@ -57,7 +57,7 @@ private:
             copy(from, shape_.key_dim, to);
             if (shape_.key_dim < stride) to[shape_.key_dim] = P();
             if constexpr (multiplies_codes)
-                if (layer_.sealed_keys) widen(from, shape_.key_dim, padded, space_.wide_queries + row * padded);
+                if (layer_.schedule.header->sealed) widen(from, shape_.key_dim, padded, space_.wide_queries + row * padded);
         }
     }
 
