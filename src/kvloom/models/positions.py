@@ -6,6 +6,7 @@ padding. So a token's position follows from the tokens up to it, as does everyth
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -49,7 +50,12 @@ class Counting:
 
 
 def counting_of(model: nn.Module) -> Counting | None:
-    """How a model's embeddings count, if not by the index of a token."""
+    """How a model's embeddings count, if not by the index of a token.
+
+    Models that take no `position_ids` (M2M100) count by themselves, from the length of their cache on.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return None
     for module in model.modules():
         pad = getattr(module, "padding_idx", None)
         if isinstance(pad, int) and hasattr(type(module), "create_position_ids_from_input_ids"):

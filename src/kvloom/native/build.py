@@ -150,7 +150,8 @@ def build(target: str, sources: Path = SOURCES) -> Path:
     name = f"kernels-{target}-{_key(compiler, chosen, sources)}.so"
     folders = [cache_folder(), _temporary_folder()]
     for folder in folders:
-        if (folder / name).is_file() and _is_ours(folder):
+        # Unlike Path.is_file, this is False for a folder that we may not look into.
+        if os.path.isfile(folder / name) and _is_ours(folder):
             return folder / name
     for folder in folders:
         if _is_writable(folder):
