@@ -25,7 +25,7 @@ from kvloom.blocks import PoolExhausted
 from kvloom.blocks.table import COUNT, FIRST, Table
 from kvloom.cache import CachedSequence, CacheLayout, Extension, KVCache, LayerShape, Reach
 from kvloom.cache.placement import Placement
-from kvloom.cache.snapshot import Origin, open_snapshot, write_snapshot
+from kvloom.cache.snapshot import Beside, Origin, open_snapshot, write_snapshot
 
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=9)
 ORIGIN = Origin(model="numbers", fingerprint="0", dtype="float32")
@@ -174,7 +174,13 @@ class CacheMachine(RuleBasedStateMachine):
         with tempfile.TemporaryDirectory() as folder, mock.patch("os.fsync"):
             path = f"{folder}/a.kv"
             write_snapshot(
-                path, self.cache, sequence.cached, token_ids=[*sequence.history, 7], regime=(3,), origin=ORIGIN
+                path,
+                self.cache,
+                sequence.cached,
+                token_ids=[*sequence.history, 7],
+                regime=(3,),
+                origin=ORIGIN,
+                beside=Beside(),
             )
             with open_snapshot(path) as file:
                 assert (file.origin, file.regime, file.token_ids) == (ORIGIN, (3,), [*sequence.history, 7])

@@ -23,7 +23,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from kvloom.blocks import PoolExhausted
 from kvloom.cache import CachedSequence, CacheLayout, Extension, Int8Store, KVCache, LayerShape, Reach
 from kvloom.cache.landing import land
-from kvloom.cache.snapshot import Origin, open_snapshot, write_snapshot
+from kvloom.cache.snapshot import Beside, Origin, open_snapshot, write_snapshot
 
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=9)
 REACHES = st.one_of(
@@ -187,7 +187,13 @@ class SealingMachine(RuleBasedStateMachine):
         origin = Origin.of("numbers", "0", self.cache.layout)
         with tempfile.TemporaryDirectory() as folder, mock.patch("os.fsync"):
             write_snapshot(
-                f"{folder}/a.kv", self.cache, sequence.cached, token_ids=sequence.history, regime=None, origin=origin
+                f"{folder}/a.kv",
+                self.cache,
+                sequence.cached,
+                token_ids=sequence.history,
+                regime=None,
+                origin=origin,
+                beside=Beside(),
             )
             with open_snapshot(f"{folder}/a.kv") as file:
                 assert file.origin == origin
