@@ -11,6 +11,10 @@ RUN    := $(VENV)/.installed-run-$(HERE)
 DEV    := $(VENV)/.installed-dev-$(HERE)
 PIP    := $(PY) -m pip --disable-pip-version-check install --quiet --quiet --progress-bar off -c constraints.txt
 
+# Models of tests are too small for two threads: two processes of one thread each take half the time. A module's tests
+# stay together, because they share models.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile
+
 # The bundled model needs no network, and nothing here may quietly fetch another.
 export HF_HUB_OFFLINE := 1
 
@@ -32,7 +36,7 @@ demo: $(RUN) ## install, then decode with the bundled model: stream, beam search
 test: lint types contracts unit ## lint, types, import contract, tests
 
 test-all: lint types contracts $(DEV) ## the same, with the slow sweeps
-	$(PY) -m pytest -m ""
+	$(PYTEST) -m ""
 
 lint: $(DEV) ## ruff: rules and format, changing nothing
 	$(PY) -m ruff check $(CODE)
@@ -49,7 +53,7 @@ contracts: $(DEV) ## floors import only downwards
 	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
 
 unit: $(DEV) ## pytest, without the slow sweeps
-	$(PY) -m pytest
+	$(PYTEST)
 
 bench: $(DEV) ## run every benchmarks/bench_*.py, one after the other; let the machine be idle
 	@set -e; for script in benchmarks/bench_*.py; do printf '\n== %s\n' "$$script"; $(PY) "$$script"; done
