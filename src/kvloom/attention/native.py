@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kvloom.attention.plan import GroupPlan
 from kvloom.attention.schedule import Schedule, Scheduler
+from kvloom.attention.turn import Turn
 from kvloom.cache import AnyStore, Int8Store, MixedKept, Sealed
 from kvloom.native import Library, native
 from kvloom.native.linear import DTYPES
@@ -38,7 +39,7 @@ class NativeAttention:
             "kvloom_attend",
             *(ctypes.c_int, ctypes.c_void_p, *shape),
             *(*tensor, ctypes.c_int64, *tensor, *tensor, ctypes.c_void_p),
-            *(ctypes.c_void_p, ctypes.c_float, ctypes.c_float),
+            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_float),
             *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int),
         )
         self._bytes = library.function(
@@ -57,6 +58,7 @@ class NativeAttention:
         scale: float,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        turn: Turn | None = None,
     ) -> Tensor:
         """The same as `reference.attend`; see there for shapes."""
         sealed: npt.NDArray[np.int64] | None = None
@@ -83,7 +85,7 @@ class NativeAttention:
             *(keys.data_ptr(), keys.stride(0)),
             *(values.data_ptr(), values.stride(0)),
             None if sealed is None else sealed.ctypes.data,
-            *(None if sinks is None else sinks.data_ptr(), scale, softcap or 0.0),
+            *(None if sinks is None else sinks.data_ptr(), self.turn(schedule, turn), scale, softcap or 0.0),
             *(output.data_ptr(), schedule.reserve(self._bytes(*what, threads)), threads),
         )
         return output
@@ -96,6 +98,10 @@ class NativeAttention:
                 plan.sources, plan.reach, block_tokens=plan.block_tokens, set_tokens=set_tokens
             )
         return plan.schedules[key]
+
+    def turn(self, schedule: Schedule, turn: Turn | None) -> int | None:
+        """The address of what a layer's queries are turned back by; None if none is."""
+        return self._scheduler.turn(schedule, turn)
 
     def schedule_for(self, plan: GroupPlan, *, heads: int, kv_heads: int) -> Schedule:
         """The schedule of a plan for layers with so many heads."""
@@ -137,8 +143,11 @@ def attend(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    turn: Turn | None = None,
 ) -> Tensor:
     """The same as `reference.attend`, by this process's native library, which must be there."""
     library = native()
     assert isinstance(library, Library), "whoever calls has seen that the kernels are there"
-    return kernels(library).attend(queries, keys, values, plan, scale=scale, softcap=softcap, sinks=sinks)
+    return kernels(library).attend(
+        queries, keys, values, plan, scale=scale, softcap=softcap, sinks=sinks, turn=turn
+    )

@@ -62,14 +62,9 @@ class GroupPlan:
         return len(self.spans) == 1 and self.spans[0].rows == slice(0, sum(own.count for own in self.sources))
 
     @cached_property
-    def reads_all(self) -> bool:
-        """Whether each token reads all that its table holds within reach, as it stands: nothing hidden or turned."""
-        return not any(own.hides or own.chooses for own in self.sources)
-
-    @property
-    def retains(self) -> bool:
-        """Whether it takes more than reading all that the tables hold: hidden tokens, turned queries, observed ones."""
-        return self.observation is not None or not self.reads_all
+    def chooses(self) -> bool:
+        """Whether some token holds more than it may read, so that each layer chooses."""
+        return any(own.chooses for own in self.sources)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from kvloom.attention.source import Source
-from kvloom.blocks.table import FIRST
+from kvloom.attention.turn import Turn
+from kvloom.blocks.table import COUNT, FIRST
 from kvloom.cache import Reach
+from kvloom.cache.retention.sight import Stretch
 from kvloom.native import Library
 
 BLOCK_POSITIONS = 64
-HEADER, SET, TOKEN, STRIDE = 8, 4, 4, 5
+HEADER, SET, TOKEN, STRIDE = 8, 4, 5, 6
 """How many numbers each of these takes in `native/src/schedule.h`."""
 
 
@@ -31,10 +33,17 @@ class Schedule:
     Attributes:
         numbers: int32, read by the kernels.
         memory: uint8, what they write into; grows to what the largest layer wants.
+        factors: for each turn of a layer, what its queries are turned back by; made when a layer first asks.
     """
 
     numbers: npt.NDArray[np.int32]
     memory: Tensor
+    factors: dict[Turn, TurnFactors] = field(default_factory=dict)
+
+    @property
+    def shifts(self) -> int:
+        """By how many numbers of tokens queries are turned back."""
+        return int(self.numbers[7])
 
     def reserve(self, wanted_bytes: int) -> int:
         """The address of that much memory."""
@@ -43,17 +52,45 @@ class Schedule:
         return self.memory.data_ptr()
 
 
+class _Turn(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("cosines", "sines")),
+        *((name, ctypes.c_int64) for name in ("pairs", "first", "interleaved")),
+    )
+
+
+class TurnFactors:
+    """Cosines and sines of the angles by which a layer's queries are turned back in a step.
+
+    Args:
+        shifts: how many different ones there are.
+    """
+
+    def __init__(self, turn: Turn, shifts: int) -> None:
+        pairs = len(turn.frequencies)
+        self.numbers = np.empty((2, shifts, pairs), dtype=np.float32)
+        cosines, sines = (own.ctypes.data for own in self.numbers)
+        self.arguments = _Turn(cosines, sines, pairs, turn.first, turn.interleaved)
+
+    @property
+    def address(self) -> int:
+        """Where the kernels read it."""
+        return ctypes.addressof(self.arguments)
+
+
 class Scheduler:
     """Makes schedules, by a function of the native library."""
 
     def __init__(self, library: Library) -> None:
         self._make = library.function(
             "kvloom_attention_schedule",
-            *(ctypes.c_void_p, ctypes.c_void_p),
+            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p),
             *(ctypes.c_int64,) * 6,
             *(ctypes.c_void_p, ctypes.c_int64),
             restype=ctypes.c_int64,
         )
+        pointer = ctypes.c_void_p
+        self._turn = library.function("kvloom_turn_factors", pointer, pointer, ctypes.c_int64, pointer, pointer)
 
     def schedule(self, sources: Sequence[Source], reach: Reach, *, block_tokens: int, set_tokens: int) -> Schedule:
         """The schedule of one step and group.
@@ -65,14 +102,31 @@ class Scheduler:
         sealed = any(source.written is not None for source in sources)
         own = _own_blocks(sources) if sealed else [(0, 0, 0)] * len(sources)
         facts = np.array(
-            [(len(s.runs), s.first_row, s.first_position, s.count, *o) for s, o in zip(sources, own, strict=True)],
+            [
+                (len(s.runs), s.first_row, s.first_position, s.count, *o, *_sight(s))
+                for s, o in zip(sources, own, strict=True)
+            ],
             dtype=np.int64,
         )
+        stretches = np.array([pair for s in sources for pair in _stretches(s)], dtype=np.int64)
         limits = (reach.window_tokens or 0, reach.chunk_tokens or 0, block_tokens, set_tokens, int(sealed))
         numbers = np.empty(_most_numbers(sources, set_tokens, kinds=1 + sealed), dtype=np.int32)
-        need = self._make(runs.ctypes.data, facts.ctypes.data, len(facts), *limits, numbers.ctypes.data, len(numbers))
+        read = (runs.ctypes.data, facts.ctypes.data, stretches.ctypes.data)
+        need = self._make(*read, len(facts), *limits, numbers.ctypes.data, len(numbers))
         assert need <= len(numbers), "a schedule is no larger than if nothing were shared"
         return Schedule(numbers, torch.empty(0, dtype=torch.uint8))
+
+    def turn(self, schedule: Schedule, turn: Turn | None) -> int | None:
+        """The address of what a layer's queries are turned back by; None if none is."""
+        if turn is None or not schedule.shifts:
+            return None
+        if turn not in schedule.factors:
+            made = TurnFactors(turn, schedule.shifts)
+            cosines, sines = (own.ctypes.data for own in made.numbers)
+            frequencies = turn.frequencies.data_ptr()
+            self._turn(schedule.numbers.ctypes.data, frequencies, len(turn.frequencies), cosines, sines)
+            schedule.factors[turn] = made
+        return schedule.factors[turn].address
 
 
 def _most_numbers(sources: Sequence[Source], set_tokens: int, kinds: int) -> int:
@@ -81,10 +135,29 @@ def _most_numbers(sources: Sequence[Source], set_tokens: int, kinds: int) -> int
     for source in sources:
         first = int(source.runs[0, FIRST]) if len(source.runs) else source.first_position
         last = source.first_position + source.count - 1
-        blocks = (last // BLOCK_POSITIONS - first // BLOCK_POSITIONS + 1) * kinds
+        # A sequence that has let go of much holds few blocks, which lie far from each other.
+        held = len(source.runs) * (2 + int(source.runs[:, COUNT].max(initial=0)) // BLOCK_POSITIONS)
+        blocks = min(last // BLOCK_POSITIONS - first // BLOCK_POSITIONS + 1, held)
+        stretches = _stretches(source)
+        blocks += sum((end - 1) // BLOCK_POSITIONS - first // BLOCK_POSITIONS + 1 for first, end in stretches)
+        blocks *= kinds
         sets = source.count // set_tokens + 2
-        most += blocks * BLOCK_POSITIONS + sets * (SET + blocks * STRIDE) + source.count * TOKEN
+        turns = 2 * source.count * len(stretches)
+        most += blocks * BLOCK_POSITIONS + sets * (SET + blocks * STRIDE) + source.count * TOKEN + turns
     return most
+
+
+def _sight(source: Source) -> tuple[int, ...]:
+    """The last numbers of `struct Source` in `native/src/schedule.cpp`."""
+    if source.sight is None or not source.hides:
+        return 0, 0, 0, 0, 0
+    own = source.sight
+    return own.window_tokens, own.exact_tokens, len(own.always), int(own.reindexed), own.trained_tokens or 0
+
+
+def _stretches(source: Source) -> tuple[Stretch, ...]:
+    """What the new tokens see before their windows."""
+    return source.sight.always if source.sight is not None and source.hides else ()
 
 
 def _own_blocks(sources: Sequence[Source]) -> list[tuple[int, int, int]]:

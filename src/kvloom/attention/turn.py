@@ -24,6 +24,11 @@ class Turn:
     first: int
     interleaved: bool
 
+    @property
+    def key(self) -> tuple[bytes, int, bool]:
+        """Equal for turns that are alike."""
+        return self.frequencies.cpu().numpy().tobytes(), self.first, self.interleaved
+
     def back(self, queries: Tensor, tokens: Tensor) -> Tensor:
         """`queries`, [rows, heads, dim], as if each stood `tokens` (int64[rows]) earlier."""
         angles = tokens.double()[:, None] * -self.frequencies

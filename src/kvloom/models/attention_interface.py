@@ -82,10 +82,10 @@ def _attention(
         keys, values = kvloom.store.write(layer, plan.writes, key[0], value[0])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": s_aux}
-    if kvloom.native is not None and plan.reads_all and not plan.reach.cross:
-        output = kvloom.native.attend(queries, keys, values, plan, **options)
+    turn = None if kvloom.turns is None else kvloom.turns[layer]
+    if kvloom.native is not None and not plan.chooses and not plan.reach.cross:
+        output = kvloom.native.attend(queries, keys, values, plan, **options, turn=turn)
     else:
-        turn = None if kvloom.turns is None else kvloom.turns[layer]
         bounds = kvloom.store.bounds[layer]
         output = torch_ops.attend(queries, keys, values, plan, **options, turn=turn, bounds=bounds)
     if plan.observation is not None:
@@ -156,7 +156,7 @@ class AttentionInterfaceBinding(HostedModel):
                 or any(media)
                 or not isinstance(store, Store)
                 or not self._kernels_for(store)[1]
-                or any(group.retains for group in plan.groups)  # that goes through the modules' attention
+                or any(group.observation is not None or group.chooses for group in plan.groups)
             ):
                 return self.forward_by_modules(token_ids, plan, store, regime=regime, media=media)
             if plan.views is not None:
@@ -164,8 +164,8 @@ class AttentionInterfaceBinding(HostedModel):
                 self.forward_by_modules(token_ids, plan, store, regime=regime)
                 plan = replace(plan, views=None)
             if (whole := self.native.whole()) is not None:
-                return whole.forward(token_ids, plan, store)
-            with self.native.layers(plan, store):
+                return whole.forward(token_ids, plan, store, self._turns)
+            with self.native.layers(plan, store, self._turns):
                 return self.forward_by_modules(token_ids, plan, store, regime=regime)
 
     def _kernels_for(self, store: AnyStore) -> tuple[NativeAttention | None, bool]:

@@ -47,7 +47,7 @@ class _KeysValues(ctypes.Structure):
 
 
 class _Group(ctypes.Structure):
-    _fields_ = (("slots", c_void_p), ("schedule", c_void_p))
+    _fields_ = (("slots", c_void_p), ("schedule", c_void_p), ("turn", c_void_p))
 
 
 BUFFERS = ("hidden", "normed", "query", "key", "value", "attended", "gate", "up")
@@ -152,10 +152,12 @@ class GroupStep:
     Attributes:
         slots: int64[rows], where each row's keys and values go.
         schedule: address of the attention schedule; see `attention.schedule`.
+        turn: address of how queries are turned back; None if none is.
     """
 
     slots: Tensor
     schedule: int
+    turn: int | None = None
 
 
 @dataclass(frozen=True)
@@ -317,7 +319,7 @@ class NativeLayers:
         assert rows <= self.scratch.rows, "the scratch has room for the rows"
         return _Step(
             **{name: self.scratch[name].data_ptr() for name in (*BUFFERS, *FACTORS)},
-            groups=(_Group * len(groups))(*(_Group(own.slots.data_ptr(), own.schedule) for own in groups)),
+            groups=(_Group * len(groups))(*(_Group(own.slots.data_ptr(), own.schedule, own.turn) for own in groups)),
             memory=memory,
             rows=rows,
             dtype=DTYPES[self._dtype],

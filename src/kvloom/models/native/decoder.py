@@ -8,7 +8,7 @@ token's logits are the same bits in a chunk and alone, on a cache and without on
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kvloom.attention import GroupPlan, Plan
 from kvloom.attention.native import kernels
 from kvloom.attention.source import Source
+from kvloom.attention.turn import Turn
 from kvloom.cache import CacheLayout, Store
 from kvloom.models.native.recognise import LayerParts, ModelParts, Norm
 from kvloom.native import Library
@@ -34,6 +35,9 @@ from kvloom.native.linear import PackedWeight
 
 KEPT_ROWS = 1_024
 """Rows for which buffers are kept from pass to pass: those of a step. Whole sequences without a cache may be longer."""
+
+Turns = Sequence[Turn | None]
+"""How the queries of each attention layer of a model turn; None for those that do not."""
 
 WeightOf = Callable[[nn.Linear], PackedWeight | None]
 """The packed weight of a linear layer, as it is now; None if it is not packed."""
@@ -69,27 +73,43 @@ class LayerRunner:
             place: (self._groups[index], layers[index].heads, layers[index].kv_heads, layers[index].head_dim)
             for place, index in enumerate(self.indices)
         }
+        self._place_of_kind = {kind: place for place, kind in self._kinds.items()}
         self._kept: tuple[weakref.ref[Store], KeysValues] | None = None
         self.scratch = self._layers.scratch
 
-    def run_layer(self, place: int, rows: Tensor, plan: Plan, store: Store, factors: tuple[Tensor, Tensor]) -> Tensor:
+    def run_layer(
+        self,
+        place: int,
+        rows: Tensor,
+        plan: Plan,
+        store: Store,
+        factors: tuple[Tensor, Tensor],
+        turns: Turns | None = None,
+    ) -> Tensor:
         """Take `rows`, [rows, hidden], through one layer; keys and values go into the store.
 
         Args:
             place: of the layer among these. factors: cosines and sines, float32[rows, dim / 2].
+            turns: as of `run_model`.
         """
         self.scratch.reserve(plan.tokens)
         hidden = self.scratch["hidden"][: plan.tokens]
         hidden.copy_(rows)
-        groups, memory = self._attention_of(plan, [self._kinds[place]])
+        groups, memory = self._attention_of(plan, [place], turns)
         kept = self.keys_values(store)
         self._layers.run(kept, factors, groups, memory, rows=plan.tokens, first=place, count=1)
         return hidden.clone()
 
-    def run_model(self, token_ids: Tensor, plan: Plan, kept: KeysValues, rotary: Any) -> Tensor:
-        """Logits [n, vocab] of the plan's `logit_rows`, by the rotary factors that the module has now."""
+    def run_model(
+        self, token_ids: Tensor, plan: Plan, kept: KeysValues, rotary: Any, turns: Turns | None = None
+    ) -> Tensor:
+        """Logits [n, vocab] of the plan's `logit_rows`, by the rotary factors that the module has now.
+
+        Args:
+            turns: how the queries of each attention layer of the model turn; may be left out if none is turned back.
+        """
         self.scratch.reserve(plan.tokens)
-        groups, memory = self._attention_of(plan, list(dict.fromkeys(self._kinds.values())))
+        groups, memory = self._attention_of(plan, list(self._place_of_kind.values()), turns)
         frequencies = rotary.inv_freq.float().contiguous()
         logits = self._layers.run_model(
             kept,
@@ -120,15 +140,20 @@ class LayerRunner:
         keys, values = zip(*(places[shapes[index]] for index in self.indices), strict=True)
         return self._layers.keys_values(keys, values)
 
-    def _attention_of(self, plan: Plan, kinds: list[tuple[int, int, int, int]]) -> tuple[list[GroupStep], int]:
-        """What attention reads in each group, and the address of what it works in."""
+    def _attention_of(self, plan: Plan, places: list[int], turns: Turns | None) -> tuple[list[GroupStep], int]:
+        """What attention of some layers reads in each group, and the address of what it works in.
+
+        Layers of one group that run in one call are handed the same rotary factors, so they turn alike.
+        """
         steps, memory_bytes = [GroupStep(plan.positions, 0)] * len(plan.groups), 0
-        for group, heads, kv_heads, dim in kinds:
+        for place in places:
+            group, heads, kv_heads, dim = self._kinds[place]
             own = plan.groups[group]
             schedule = self._attention.schedule_for(own, heads=heads, kv_heads=kv_heads)
             wanted = self._attention.bytes_for(schedule, self._dtype, heads=heads, kv_heads=kv_heads, dim=dim)
             memory_bytes = max(memory_bytes, wanted)
-            steps[group] = GroupStep(own.write_slots, schedule.numbers.ctypes.data)
+            turn = None if turns is None else self._attention.turn(schedule, turns[self.indices[place]])
+            steps[group] = GroupStep(own.write_slots, schedule.numbers.ctypes.data, turn)
         return steps, self.scratch.memory(memory_bytes)
 
 
@@ -153,9 +178,13 @@ class NativeModel:
         """What a pass works in."""
         return self._runner.scratch
 
-    def forward(self, token_ids: Tensor, plan: Plan, store: Store) -> Tensor:
-        """Logits [n, vocab] of the plan's `logit_rows`; keys and values go into the store."""
-        return self._runner.run_model(token_ids, plan, self._runner.keys_values(store), self._parts.rotary)
+    def forward(self, token_ids: Tensor, plan: Plan, store: Store, turns: Turns | None = None) -> Tensor:
+        """Logits [n, vocab] of the plan's `logit_rows`; keys and values go into the store.
+
+        Args:
+            turns: as of `LayerRunner.run_model`.
+        """
+        return self._runner.run_model(token_ids, plan, self._runner.keys_values(store), self._parts.rotary, turns)
 
     def forward_uncached(self, token_ids: Tensor, *, last: int | None) -> Tensor:
         """Logits [batch, last, vocab] of whole sequences [batch, tokens]: all is computed, nothing is kept."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kvloom.attention import Plan
 from kvloom.cache import CacheLayout, Store
-from kvloom.models.native.decoder import LayerRunner, NativeModel, WeightOf
+from kvloom.models.native.decoder import LayerRunner, NativeModel, Turns, WeightOf
 from kvloom.models.native.proof import Recording, Runs, as_factors, is_near, prove_whole, record
 from kvloom.models.native.recognise import (
     LayerParts,
@@ -185,7 +185,7 @@ class NativePath:
         return self._whole if self._untouched else None
 
     @contextmanager
-    def layers(self, plan: Plan, store: Store) -> Iterator[None]:
+    def layers(self, plan: Plan, store: Store, turns: Turns | None) -> Iterator[None]:
         """Within the block the recognised layers' modules run in kernels."""
         runner = self._runner
         if runner is None:
@@ -197,18 +197,20 @@ class NativePath:
             for place, index in enumerate(runner.indices):
                 if index in self._usable:
                     attributes = vars(self._parts[index].layer)
-                    attributes["forward"] = self._forward_of(runner, place, plan, store)
+                    attributes["forward"] = self._forward_of(runner, place, plan, store, turns)
                     changed.append(attributes)
             yield
         finally:
             for attributes in changed:
                 del attributes["forward"]
 
-    def _forward_of(self, runner: LayerRunner, place: int, plan: Plan, store: Store) -> Callable[..., Tensor]:
+    def _forward_of(
+        self, runner: LayerRunner, place: int, plan: Plan, store: Store, turns: Turns | None
+    ) -> Callable[..., Tensor]:
         def forward(hidden_states: Tensor, *_: Any, position_embeddings: Any = None, **__: Any) -> Tensor:
             factors = as_factors(position_embeddings)
             assert factors is not None, "the layer was proven with factors for each half"
-            return runner.run_layer(place, hidden_states[0], plan, store, factors)[None]
+            return runner.run_layer(place, hidden_states[0], plan, store, factors, turns)[None]
 
         return forward
 

@@ -82,13 +82,24 @@ KVLOOM_EXPORT std::int64_t kvloom_attention_bytes(
     return each * threads + Division(parts, shape, threads).partials * std::int64_t(sizeof(float));
 }
 
+// Cosines and sines, [shifts, pairs], of a schedule's shifts times frequencies in radians a token.
+KVLOOM_EXPORT void kvloom_turn_factors(const std::int32_t* schedule, const double* frequencies, std::int64_t pairs, float* cosines,
+                                       float* sines) {
+    const Schedule parts(schedule);
+    for (std::int64_t i = 0; i < parts.header->shifts * pairs; ++i) {
+        const double angle = double(parts.shifts[i / pairs]) * frequencies[i % pairs];
+        cosines[i] = float(std::cos(angle));
+        sines[i] = float(std::sin(angle));
+    }
+}
+
 KVLOOM_EXPORT void kvloom_attend(
     int element, const std::int32_t* schedule, std::int64_t kv_heads, std::int64_t group, std::int64_t key_dim,
     std::int64_t value_dim, const void* queries, std::int64_t query_token_stride, std::int64_t query_head_stride,
     const void* keys, std::int64_t key_head_stride, const void* values, std::int64_t value_head_stride,
-    const Sealed* sealed, const float* sinks, float scale, float softcap, void* out, void* memory, int threads) {
+    const Sealed* sealed, const float* sinks, const Turn* turn, float scale, float softcap, void* out, void* memory, int threads) {
     const Layer layer{Schedule(schedule), {kv_heads, group, key_dim, value_dim}, queries, keys, values, query_token_stride,
-                      query_head_stride, key_head_stride, value_head_stride, sealed, sealed ? sealed + 1 : nullptr, sinks, out,
-                      scale, softcap};
+                      query_head_stride, key_head_stride, value_head_stride, sealed, sealed ? sealed + 1 : nullptr, sinks, turn,
+                      out, scale, softcap};
     with_element(element, [&](auto* e) { attend<std::remove_pointer_t<decltype(e)>>(layer, static_cast<char*>(memory), threads); });
 }

@@ -6,6 +6,7 @@
 #include "pack.h"
 #include "schedule.h"
 #include "simd.h"
+#include "turn.h"
 
 namespace kvloom {
 
@@ -31,6 +32,7 @@ struct Layer {
     std::int64_t query_token_stride, query_head_stride, key_head_stride, value_head_stride;  // in elements
     const Sealed *sealed_keys, *sealed_values;  // of the other strides; null if there are none
     const float* sinks;
+    const Turn* turn;  // null if queries do not turn with their positions
     void* out;
     float scale, softcap;
 };
@@ -40,10 +42,12 @@ struct Layer {
 // Attention of a step's new tokens in one layer. `element`: 0 float32, 1 bfloat16, 2 float16. `queries` [tokens, kv_heads *
 // group, key_dim] with strides in elements, `keys` and `values` [kv_heads, slots, dim] with a stride from head to head, `out`
 // [tokens, kv_heads * group, value_dim]. `sealed`: where blocks are sealed, the codes of keys and of values, and `keys` and
-// `values` hold the step's own blocks. `sinks`: one score for each query head, or null. `softcap`: 0 if there is none.
+// `values` hold the step's own blocks. `sinks`: one score for each query head, or null. `turn`: null if queries do not turn.
+// `softcap`: 0 if there is none.
 // `memory` is aligned to 64 bytes.
 KVLOOM_EXPORT void kvloom_attend(
     int element, const std::int32_t* schedule, std::int64_t kv_heads, std::int64_t group, std::int64_t key_dim,
     std::int64_t value_dim, const void* queries, std::int64_t query_token_stride, std::int64_t query_head_stride,
     const void* keys, std::int64_t key_head_stride, const void* values, std::int64_t value_head_stride,
-    const kvloom::Sealed* sealed, const float* sinks, float scale, float softcap, void* out, void* memory, int threads);
+    const kvloom::Sealed* sealed, const float* sinks, const kvloom::Turn* turn, float scale, float softcap, void* out, void* memory,
+    int threads);

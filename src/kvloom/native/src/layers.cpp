@@ -45,6 +45,7 @@ struct KeysValues {
 struct GroupStep {
     const std::int64_t* slots;  // [rows]
     const std::int32_t* schedule;
+    const Turn* turn;  // null if no query is turned
 };
 
 // One pass, for all layers: rows, and buffers for as many.
@@ -181,7 +182,8 @@ template <class Element> void behind_layers(const Ends& ends, std::int64_t hidde
 void attend(const DecoderLayer& layer, const KeysValues& kept, const LayersStep& step) {
     kvloom_attend(step.dtype, step.groups[layer.group].schedule, layer.kv_heads, layer.heads / layer.kv_heads, layer.dim,
                   layer.dim, step.query, layer.heads * layer.dim, layer.dim, kept.keys, kept.stride, kept.values,
-                  kept.stride, nullptr, nullptr, layer.scale, 0, step.attended, step.memory, step.threads);
+                  kept.stride, nullptr, nullptr, step.groups[layer.group].turn, layer.scale, 0, step.attended, step.memory,
+                  step.threads);
 }
 
 }  // namespace

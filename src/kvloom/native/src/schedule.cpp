@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <numeric>
+#include <unordered_map>
 #include <vector>
 
 #include "simd.h"
@@ -18,22 +19,14 @@ struct Source {
     // Where blocks are sealed: the first position in the blocks that the step writes, and the native slots of that one
     // and of the first new token.
     std::int64_t first_own, own_slot, new_slot;
+    // What a policy lets its tokens see, as cache/retention/sight.py has it: a window, 0 if they see all; the first
+    // position whose token does not see all; stretches that are seen from everywhere; whether these are seen at other
+    // distances, and which distance is never reached then, 0 if any may be.
+    std::int64_t window, exact, stretches, turned, trained;
 };
-
-// What one sequence reads, from the block of the first position that its first new token sees. An index counts blocks, or
-// where they are sealed their strides: codes have even ones, native slots odd ones.
-struct Reader {
-    Source source;
-    std::vector<std::int32_t> owns;   // for each new token the first position of its own block
-    std::int64_t first_index = 0;
-    std::vector<std::int32_t> slots;  // 64 a block
-    std::vector<std::int32_t> ids;    // for each block where its slots stand in the schedule; -1 if it holds no token
-
-    std::int64_t end_index() const { return first_index + std::int64_t(ids.size()); }
-    const std::int32_t* block(std::int64_t index) const { return slots.data() + (index - first_index) * block_positions; }
-    std::int32_t id(std::int64_t index) const {
-        return index < first_index || index >= end_index() ? -1 : ids[index - first_index];
-    }
+struct Stretch {
+    std::int64_t first, end;
+    std::int64_t before(std::int64_t position) const { return std::max<std::int64_t>(0, std::min(end, position) - first); }
 };
 
 // The lowest position that a query sees.
@@ -45,80 +38,146 @@ struct Reach {
     }
 };
 
-// Successive slots into the places `from` to `to`, whose blocks of 64 stand `apart` from each other.
-void enter_slots(std::int32_t* blocks, std::int64_t apart, std::int64_t from, std::int64_t to, std::int64_t slot) {
-    while (from < to) {
-        const std::int64_t end = std::min(to, from - from % block_positions + block_positions);
-        std::int32_t* place = blocks + from / block_positions * apart + from % block_positions;
-        for (; from < end; ++from) *place++ = std::int32_t(slot++);
+// 64 positions as they are read in one pass. Entries ascend by block, then by pass, codes before native slots.
+struct Entry {
+    std::int64_t key, place;  // where its slots begin among the reader's
+    std::int32_t id;          // where they stand in the schedule
+
+    static std::int64_t key_of(std::int64_t block, std::int64_t pass, bool native) { return block << 32 | pass << 1 | std::int64_t(native); }
+    std::int64_t block() const { return key >> 32; }
+    std::int32_t pass() const { return std::int32_t(key & 0xffffffff) >> 1; }
+    bool native() const { return key & 1; }
+};
+
+// What one sequence reads: blocks that hold something that its new tokens see.
+class Reader {
+public:
+    std::vector<Entry> entries;
+    std::vector<std::int32_t> owns;  // for each new token the first position of its own block
+
+    Reader(const Source& source, const Run* runs, const Stretch* stretches, const Reach& reach, std::int64_t block_tokens, bool sealed)
+        : source_(source), runs_(runs), stretches_(stretches), reach_(reach), block_tokens_(block_tokens), sealed_(sealed) {
+        const std::int64_t last = source.first_position + source.count - 1, border = low(last);
+        owns.assign(std::size_t(source.count), 0);
+        reserve(last);
+        enter(0, low(source.first_position) / block_positions * block_positions, last + 1);
+        for (std::int64_t i = 0; i < stretches_of(source); ++i) {
+            if (source.turned || !i) pass_begin_ = entries.size();
+            enter(source.turned ? i + 1 : 1, stretches[i].first, std::min(stretches[i].end, border));
+        }
+        const auto by_key = [](const Entry& a, const Entry& b) { return a.key < b.key; };
+        if (!std::is_sorted(entries.begin(), entries.end(), by_key)) std::sort(entries.begin(), entries.end(), by_key);
     }
-}
 
-Reader read(const Source& source, const Run* runs, const Reach& reach, std::int64_t block_tokens, int kinds) {
-    Reader reader;
-    reader.source = source;
-    const std::int64_t last = source.first_position + source.count - 1;
-    const std::int64_t first_block = reach.first_visible(source.first_position) / block_positions;
-    const std::int64_t low = first_block * block_positions;
-    reader.first_index = first_block * kinds;
-    reader.owns.assign(source.count, 0);
-    reader.ids.assign((last / block_positions + 1 - first_block) * kinds, -1);
-    reader.slots.assign(reader.ids.size() * block_positions, -1);
-    // Kind 0 is that of codes, or of all where nothing is sealed; kind 1 are native slots beside codes.
-    const auto enter = [&](int kind, std::int64_t from, std::int64_t to, std::int64_t slot) {
-        enter_slots(reader.slots.data() + kind * block_positions, kinds * block_positions, from - low, to - low, slot);
-    };
-    const Run* end = runs + source.runs;
-    const Run* run = std::lower_bound(
-        runs, end, low, [](const Run& r, std::int64_t position) { return r.first + r.count <= position; });
-    for (; run < end && run->first <= last; ++run) {
-        const std::int64_t from = std::max<std::int64_t>(low, run->first);
-        const std::int64_t to = std::min<std::int64_t>(last + 1, run->first + run->count);
-        const bool ended = kinds == 1 || run + 1 < end;
-        if (ended) enter(0, from, to, run->block * block_tokens + run->offset + from - run->first);
-        if (kinds == 1) continue;
-        const std::int64_t own = std::max(from, source.first_own), fresh = std::max(own, source.first_position);
-        enter(1, own, std::min(to, fresh), source.own_slot + own - source.first_own);
-        enter(1, fresh, to, source.new_slot + fresh - source.first_position);
-        for (std::int64_t position = fresh; position < to; ++position)
-            reader.owns[position - source.first_position] = run->first;
+    static std::int64_t stretches_of(const Source& source) { return source.window ? source.stretches : 0; }
+
+    const Source& source() const { return source_; }
+    const std::int32_t* slots(const Entry& entry) const { return slots_.data() + entry.place; }
+
+    // The lowest position that a token sees in pass 0.
+    std::int64_t low(std::int64_t position) const {
+        if (!source_.window) return reach_.first_visible(position);
+        return position < source_.exact ? 0 : std::max<std::int64_t>(0, position - source_.window + 1);
     }
-    return reader;
+
+    // How far a query is turned back for what it sees of a stretch before its window.
+    std::int64_t shift(std::int64_t stretch, std::int64_t position) const {
+        const std::int64_t border = low(position);
+        std::int64_t hidden = std::max<std::int64_t>(0, border - stretches_[stretch].end);
+        for (std::int64_t later = stretch + 1; later < source_.stretches; ++later) hidden -= stretches_[later].before(border);
+        const std::int64_t too_far = source_.trained ? position - stretches_[stretch].first - (source_.trained - 1) : 0;
+        return std::max<std::int64_t>({0, hidden, too_far});
+    }
+
+private:
+    void reserve(std::int64_t last) {
+        const std::int64_t blocks = (last - low(source_.first_position)) / block_positions + 2;
+        const std::int64_t runs = source_.runs * (1 + (block_tokens_ + block_positions - 1) / block_positions);
+        const std::size_t most = std::size_t(std::min(blocks, runs) * (sealed_ ? 2 : 1));
+        entries.reserve(most);
+        slots_.reserve(most * block_positions);
+    }
+
+    // What the table holds of positions, as a pass reads it.
+    void enter(std::int64_t pass, std::int64_t low, std::int64_t limit) {
+        const Run* end = runs_ + source_.runs;
+        const Run* run = std::lower_bound(
+            runs_, end, low, [](const Run& r, std::int64_t position) { return r.first + r.count <= position; });
+        for (; run < end && run->first < limit; ++run) {
+            const std::int64_t from = std::max<std::int64_t>(low, run->first), to = std::min<std::int64_t>(limit, run->first + run->count);
+            const std::int64_t slot = run->block * block_tokens_ + run->offset + from - run->first;
+            if (!sealed_) {
+                enter_slots(pass, true, from, to, slot);
+                continue;
+            }
+            if (run + 1 < end) enter_slots(pass, false, from, to, slot);
+            const std::int64_t own = std::max(from, source_.first_own), fresh = std::max(own, source_.first_position);
+            enter_slots(pass, true, own, std::min(to, fresh), source_.own_slot + own - source_.first_own);
+            enter_slots(pass, true, fresh, to, source_.new_slot + fresh - source_.first_position);
+            if (!pass)
+                for (std::int64_t position = fresh; position < to; ++position) owns[std::size_t(position - source_.first_position)] = run->first;
+        }
+    }
+
+    // Successive slots for the positions `from` to `to`.
+    void enter_slots(std::int64_t pass, bool native, std::int64_t from, std::int64_t to, std::int64_t slot) {
+        while (from < to) {
+            const std::int64_t block = from / block_positions, end = std::min(to, (block + 1) * block_positions);
+            std::int32_t* place = slots_of(Entry::key_of(block, pass, native)) + from % block_positions;
+            for (; from < end; ++from) *place++ = std::int32_t(slot++);
+        }
+    }
+
+    // Those of an entry, a new one if there is none yet. Blocks of a pass come in ascending order, codes and native ones apart.
+    std::int32_t* slots_of(std::int64_t key) {
+        for (std::size_t i = entries.size(); i-- > pass_begin_ && entries[i].block() >= key >> 32;)
+            if (entries[i].key == key) return slots_.data() + entries[i].place;
+        entries.push_back({key, std::int64_t(slots_.size()), -1});
+        slots_.resize(slots_.size() + block_positions, -1);
+        return slots_.data() + entries.back().place;
+    }
+
+    const Source source_;
+    const Run* runs_;
+    const Stretch* stretches_;
+    const Reach reach_;
+    const std::int64_t block_tokens_;
+    const bool sealed_;
+    std::vector<std::int32_t> slots_;  // 64 an entry; -1 where no token is held, or none that is seen
+    std::size_t pass_begin_ = 0;       // the first entry of the pass that is being entered
+};
+
+// Negative, zero or positive. In what order slots are compared does not matter.
+int compare(const Reader& a, const Entry& x, const Reader& b, const Entry& y) {
+    if (x.key != y.key) return x.key < y.key ? -1 : 1;
+    return std::memcmp(a.slots(x), b.slots(y), block_positions * sizeof(std::int32_t));
 }
 
-bool alike(const Reader& a, const Reader& b, std::int64_t index) {
-    if (index < a.first_index || index >= a.end_index() || index < b.first_index || index >= b.end_index()) return false;
-    return !std::memcmp(a.block(index), b.block(index), block_positions * sizeof(std::int32_t));
-}
-
-// Readers that begin alike stand side by side, and among them those that go on alike. In what order the bytes are compared
-// does not matter.
+// Readers that begin alike stand side by side, and among them those that go on alike.
 std::vector<int> sorted(const std::vector<Reader>& readers) {
     std::vector<int> order(readers.size());
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int i, int j) {
-        const Reader &a = readers[i], &b = readers[j];
-        if (a.first_index != b.first_index) return a.first_index < b.first_index;
-        const std::size_t both = std::min(a.slots.size(), b.slots.size());
-        const int difference = std::memcmp(a.slots.data(), b.slots.data(), both * sizeof(std::int32_t));
-        return difference ? difference < 0 : a.slots.size() < b.slots.size();
+        const Reader &a = readers[std::size_t(i)], &b = readers[std::size_t(j)];
+        const std::size_t both = std::min(a.entries.size(), b.entries.size());
+        for (std::size_t e = 0; e < both; ++e)
+            if (const int difference = compare(a, a.entries[e], b, b.entries[e])) return difference < 0;
+        return a.entries.size() < b.entries.size();
     });
     return order;
 }
 
 class Builder {
 public:
-    // `most_slots`: of all readers together.
-    Builder(const Reach& reach, std::int64_t set_tokens, int kinds, std::size_t most_slots)
-        : reach_(reach), set_tokens_(set_tokens), kinds_(kinds) {
-        slots_.reserve(most_slots);  // or half the time goes into making room
+    Builder(std::int64_t set_tokens, bool sealed, std::size_t most_blocks) : set_tokens_(set_tokens), sealed_(sealed) {
+        slots_.reserve(most_blocks * block_positions);  // or half the time goes into making room
     }
 
     void add(Reader& reader, const Reader* previous) {
         enter_blocks(reader, previous);
-        if (previous && !alike(reader, *previous, reader.first_index)) close_set();
-        for (std::int64_t done = 0; done < reader.source.count;) {
-            const std::int64_t count = std::min(reader.source.count - done, set_tokens_ - set_size());
+        if (previous && compare(reader, reader.entries[0], *previous, previous->entries[0])) close_set();
+        for (std::int64_t done = 0; done < reader.source().count;) {
+            const std::int64_t count = std::min(reader.source().count - done, set_tokens_ - set_size());
             if (!count) { close_set(); continue; }
             enter_tokens(reader, done, count);
             done += count;
@@ -128,8 +187,10 @@ public:
     // Lays the parts out one behind the other; returns how many numbers they are, written or not.
     std::int64_t write(std::int32_t* out, std::int64_t capacity) {
         close_set();
-        const Header header{count(sets_), count(tokens_), count(strides_), count(slots_) / block_positions, widest_, kinds_ == 2, {}};
-        const std::int64_t need = std::int64_t(sizeof(Header) + bytes(sets_) + bytes(tokens_) + bytes(strides_) + bytes(slots_)) / 4;
+        const Header header{count(sets_), count(tokens_), count(strides_), count(slots_) / block_positions, widest_, sealed_,
+                            count(turns_), count(shifts_)};
+        const std::int64_t need = std::int64_t(sizeof(Header) + bytes(sets_) + bytes(tokens_) + bytes(strides_) + bytes(slots_) +
+                                               bytes(turns_) + bytes(shifts_)) / 4;
         if (need > capacity) return need;
         char* to = reinterpret_cast<char*>(out);
         std::memcpy(to, &header, sizeof header);
@@ -137,60 +198,91 @@ public:
         to = put(to, sets_);
         to = put(to, tokens_);
         to = put(to, strides_);
-        put(to, slots_);
+        to = put(to, slots_);
+        to = put(to, turns_);
+        put(to, shifts_);
         return need;
     }
 
 private:
-    // New tokens of one reader within the set that is being made.
-    struct Part { const Reader* reader; std::int32_t begin, end; std::int64_t first_index, end_index, first_own; };
+    // New tokens of one reader within the set that is being made: `low` to `last` is what they see in pass 0, `border` where
+    // the window of the last one begins. `next` is the reader's entry that comes next.
+    struct Part {
+        const Reader* reader;
+        std::int32_t begin, end;
+        std::int64_t low, last, border, own;
+        const Entry* next;
+
+        bool reads(const Entry& entry) const {
+            const std::int64_t first = entry.block() * block_positions;
+            if (entry.native() && first + block_positions <= own) return false;
+            return entry.pass() ? first < border : first <= last && first + block_positions > low;
+        }
+        const Entry* limit() const { return reader->entries.data() + reader->entries.size(); }
+    };
 
     void enter_blocks(Reader& reader, const Reader* previous) {
-        for (std::int64_t index = reader.first_index; index < reader.end_index(); ++index) {
-            const std::int32_t* slots = reader.block(index);
-            std::int32_t& id = reader.ids[index - reader.first_index];
-            if (previous && alike(reader, *previous, index)) id = previous->id(index);
-            else if (std::any_of(slots, slots + block_positions, [](std::int32_t slot) { return slot >= 0; })) {
-                id = count(slots_) / block_positions;
-                slots_.insert(slots_.end(), slots, slots + block_positions);
+        const Entry* other = previous ? previous->entries.data() : nullptr;
+        const Entry* end = previous ? other + previous->entries.size() : nullptr;
+        for (Entry& own : reader.entries) {
+            while (other < end && other->key < own.key) ++other;
+            if (other < end && !compare(reader, own, *previous, *other)) own.id = other->id;
+            else {
+                own.id = count(slots_) / block_positions;
+                slots_.insert(slots_.end(), reader.slots(own), reader.slots(own) + block_positions);
             }
         }
     }
 
     void enter_tokens(const Reader& reader, std::int64_t done, std::int64_t number) {
-        const std::int64_t first = reader.source.first_position + done, last = first + number - 1;
+        const std::int64_t first = reader.source().first_position + done, last = first + number - 1;
         const std::int32_t begin = std::int32_t(set_size());
         for (std::int64_t i = 0; i < number; ++i)
-            tokens_.push_back({std::int32_t(reader.source.first_row + done + i), std::int32_t(reach_.first_visible(first + i)),
-                               std::int32_t(first + i), reader.owns[done + i]});
-        parts_.push_back({&reader, begin, std::int32_t(begin + number), reach_.first_visible(first) / block_positions * kinds_,
-                          (last / block_positions + 1) * kinds_, reader.owns[done] / block_positions});
+            tokens_.push_back({std::int32_t(reader.source().first_row + done + i), std::int32_t(reader.low(first + i)), std::int32_t(first + i),
+                               reader.owns[std::size_t(done + i)], turns_of(reader, first + i)});
+        parts_.push_back({&reader, begin, std::int32_t(begin + number), reader.low(first), last, reader.low(last),
+                          reader.owns[std::size_t(done)], reader.entries.data()});
+    }
+
+    // Where the turns of a token begin.
+    std::int32_t turns_of(const Reader& reader, std::int64_t position) {
+        if (!reader.source().turned || !reader.low(position)) return -1;
+        const std::int32_t begin = count(turns_);
+        for (std::int64_t stretch = 0; stretch < Reader::stretches_of(reader.source()); ++stretch) {
+            const std::int32_t shift = std::int32_t(reader.shift(stretch, position));
+            const auto found = shift_ids_.emplace(shift, count(shifts_));
+            if (found.second) shifts_.push_back(shift);
+            turns_.push_back(found.first->second);
+        }
+        return begin;
     }
 
     void close_set() {
         if (parts_.empty()) return;
         const std::int32_t first_stride = count(strides_);
-        std::int64_t index = parts_[0].first_index, end = 0;
-        for (const Part& part : parts_) {
-            index = std::min(index, part.first_index);
-            end = std::max(end, part.end_index);
-        }
-        for (; index < end; ++index) enter_strides(index);
+        for (const Entry* entry; (entry = lowest());) enter_strides(*entry);
         sets_.push_back({first_token_, std::int32_t(set_size()), first_stride, count(strides_) - first_stride});
         widest_ = std::max(widest_, std::int32_t(set_size()));
         first_token_ = count(tokens_);
         parts_.clear();
     }
 
+    // Of the parts' next entries the one that comes first; null behind the last one.
+    const Entry* lowest() const {
+        const Entry* first = nullptr;
+        for (const Part& part : parts_)
+            if (part.next < part.limit() && (!first || part.next->key < first->key)) first = part.next;
+        return first;
+    }
+
     // One stride for each lot of neighbouring tokens that read the same block.
-    void enter_strides(std::int64_t index) {
+    void enter_strides(const Entry& entry) {
         bool open = false;
-        const std::int32_t block = std::int32_t(index / kinds_), native = kinds_ == 1 || index % 2;
-        for (const Part& part : parts_) {
-            const bool reads = index >= part.first_index && index < part.end_index && (!native || block >= part.first_own);
-            const std::int32_t id = reads ? part.reader->id(index) : -1;
+        for (Part& part : parts_) {
+            const Entry* own = part.next < part.limit() && part.next->key == entry.key ? part.next++ : nullptr;
+            const std::int32_t id = own && part.reads(*own) ? own->id : -1;
             if (open && id >= 0 && strides_.back().slots == id) strides_.back().end = part.end;
-            else if (id >= 0) strides_.push_back({block, id, part.begin, part.end, native});
+            else if (id >= 0) strides_.push_back({std::int32_t(entry.block()), id, part.begin, part.end, entry.native(), entry.pass()});
             open = id >= 0;
         }
     }
@@ -204,13 +296,13 @@ private:
         return to + bytes(part);
     }
 
-    const Reach reach_;
     const std::int64_t set_tokens_;
-    const int kinds_;  // of strides that a block of positions can have
+    const bool sealed_;
     std::vector<Set> sets_;
     std::vector<Token> tokens_;
     std::vector<Stride> strides_;
-    std::vector<std::int32_t> slots_;
+    std::vector<std::int32_t> slots_, turns_, shifts_;
+    std::unordered_map<std::int32_t, std::int32_t> shift_ids_;
     std::vector<Part> parts_;
     std::int32_t first_token_ = 0, widest_ = 0;
 };
@@ -219,28 +311,29 @@ private:
 }  // namespace kvloom
 
 // Writes the schedule of `sources` into `out`, and returns how many numbers it has: if these are more than
-// `capacity`, nothing was written. `runs` are those of all sources, one source behind the other. `sealed`: whether full
-// blocks are, and the last three numbers of a source count.
+// `capacity`, nothing was written. `runs` are those of all sources, one source behind the other, and so are
+// `stretches`. `sealed`: whether full blocks are, and the three numbers of a source about its own blocks count.
 KVLOOM_EXPORT std::int64_t kvloom_attention_schedule(
-    const std::int32_t* runs, const std::int64_t* sources, std::int64_t count, std::int64_t window, std::int64_t chunk,
-    std::int64_t block_tokens, std::int64_t set_tokens, std::int64_t sealed, std::int32_t* out, std::int64_t capacity) {
+    const std::int32_t* runs, const std::int64_t* sources, const std::int64_t* stretches, std::int64_t count, std::int64_t window,
+    std::int64_t chunk, std::int64_t block_tokens, std::int64_t set_tokens, std::int64_t sealed, std::int32_t* out, std::int64_t capacity) {
     using namespace kvloom;
     const Reach reach{window, chunk};
     const Run* next = reinterpret_cast<const Run*>(runs);
-    const int kinds = sealed ? 2 : 1;
+    const Stretch* next_stretch = reinterpret_cast<const Stretch*>(stretches);
     std::vector<Reader> readers;
     readers.reserve(std::size_t(count));
+    std::size_t most_blocks = 0;
     for (const Source* source = reinterpret_cast<const Source*>(sources); count--; ++source) {
-        readers.push_back(read(*source, next, reach, block_tokens, kinds));
+        readers.emplace_back(*source, next, next_stretch, reach, block_tokens, sealed);
+        most_blocks += readers.back().entries.size();
         next += source->runs;
+        next_stretch += source->stretches;
     }
-    std::size_t most_slots = 0;
-    for (const Reader& reader : readers) most_slots += reader.slots.size();
-    Builder builder(reach, set_tokens, kinds, most_slots);
+    Builder builder(set_tokens, sealed, most_blocks);
     const Reader* previous = nullptr;
     for (const int i : sorted(readers)) {
-        builder.add(readers[i], previous);
-        previous = &readers[i];
+        builder.add(readers[std::size_t(i)], previous);
+        previous = &readers[std::size_t(i)];
     }
     return builder.write(out, capacity);
 }

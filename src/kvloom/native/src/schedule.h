@@ -7,6 +7,11 @@
 // Where full blocks of the cache are sealed, a token reads what ended before its own block as codes and its own block
 // natively. A block of positions then has two strides: first that of the codes, in which a token sees what lies before
 // `own`, then the native one, in which it sees the rest, by slots of the step's own blocks.
+//
+// Where a token sees a window and some stretches before it, it reads in passes. In pass 0 it sees the positions from
+// `low` on, in the others what stretches hold before `low`: a stride of these has slots of what is seen alone. Where
+// stretches are seen at other distances each has a pass of its own, in which the token's query is turned back. Strides
+// of a block follow each other by pass.
 #pragma once
 
 #include <cstdint>
@@ -16,12 +21,13 @@ namespace kvloom {
 constexpr int block_positions = 64;
 constexpr int partition_blocks = 4;
 
-struct Header { std::int32_t sets, tokens, strides, blocks, widest, sealed, unused[2]; };
+struct Header { std::int32_t sets, tokens, strides, blocks, widest, sealed, turns, shifts; };
 struct Set { std::int32_t first_token, tokens, first_stride, strides; };
-// In the ragged row; the positions that it sees, both inclusive; the first one of its own block, 0 if nothing is sealed.
-struct Token { std::int32_t row, low, high, own; };
-// Position / 64; which slots; tokens of the set; whether the slots are native ones.
-struct Stride { std::int32_t index, slots, begin, end, native; };
+// In the ragged row; the positions that it sees in pass 0, both inclusive; the first one of its own block, 0 if nothing
+// is sealed; where its turns begin, of which there is one for each later pass, -1 if it is not turned.
+struct Token { std::int32_t row, low, high, own, turns; };
+// Position / 64; which slots; tokens of the set; whether the slots are native ones; in which pass they are read.
+struct Stride { std::int32_t index, slots, begin, end, native, pass; };
 
 // The parts of a schedule in the order in which they lie.
 struct Schedule {
@@ -29,14 +35,18 @@ struct Schedule {
     const Set* sets;
     const Token* tokens;
     const Stride* strides;
-    const std::int32_t* slots;  // 64 a block; -1 where no token is held
+    const std::int32_t* slots;   // 64 a block; -1 where no token is held
+    const std::int32_t* turns;   // which of the shifts
+    const std::int32_t* shifts;  // by how many tokens a query is turned back, each number once
 
     explicit Schedule(const std::int32_t* numbers)
         : header(reinterpret_cast<const Header*>(numbers)),
           sets(reinterpret_cast<const Set*>(header + 1)),
           tokens(reinterpret_cast<const Token*>(sets + header->sets)),
           strides(reinterpret_cast<const Stride*>(tokens + header->tokens)),
-          slots(reinterpret_cast<const std::int32_t*>(strides + header->strides)) {}
+          slots(reinterpret_cast<const std::int32_t*>(strides + header->strides)),
+          turns(slots + std::int64_t(header->blocks) * block_positions),
+          shifts(turns + header->turns) {}
 };
 
 }  // namespace kvloom

@@ -26,12 +26,12 @@ public:
         tokens_ = layer_.schedule.tokens + item.set->first_token;
         rows_ = item.set->tokens * shape_.group;
         head_ = Head<E>(layer_, item.head);
-        take_queries(item);
-        numbers_.begin();
+        number_ = item.head;
         if (item.begin < item.end) {
             find(head_, *item.begin);
             now_ = !now_;
-            see(item.begin->native);
+            take_queries(item.begin->pass);
+            see(*item.begin);
         }
         if (item.whole)
             for (std::int64_t row = 0; row < rows_; ++row) clear(space_.totals + row * shape_.record(), shape_.columns());
@@ -48,18 +48,29 @@ public:
     }
 
 private:
-    void take_queries(const Item& item) {
+    // The rows' queries, as they are in a pass.
+    void take_queries(std::int32_t pass) {
         const std::int64_t stride = rounded_up(shape_.key_dim, depth<P>), padded = rounded_up(shape_.key_dim, integers_at_once);
         for (std::int64_t row = 0; row < rows_; ++row) {
-            const E* from = static_cast<const E*>(layer_.queries) + tokens_[row / shape_.group].row * layer_.query_token_stride +
-                            (item.head * shape_.group + row % shape_.group) * layer_.query_head_stride;
+            const Token& token = tokens_[row / shape_.group];
+            const E* from = static_cast<const E*>(layer_.queries) + token.row * layer_.query_token_stride +
+                            (number_ * shape_.group + row % shape_.group) * layer_.query_head_stride;
+            if (turns(token, pass)) {
+                E* turned = static_cast<E*>(static_cast<void*>(space_.turned));
+                turn_back(from, shape_.key_dim, *layer_.turn, layer_.schedule.turns[token.turns + pass - 1], turned);
+                from = turned;
+            }
             P* to = space_.queries + row * stride;
             copy(from, shape_.key_dim, to);
             if (shape_.key_dim < stride) to[shape_.key_dim] = P();
             if constexpr (multiplies_codes)
                 if (layer_.schedule.header->sealed) widen(from, shape_.key_dim, padded, space_.wide_queries + row * padded);
         }
+        pass_ = pass;
+        numbers_.begin();
     }
+
+    bool turns(const Token& token, std::int32_t pass) const { return pass && token.turns >= 0 && layer_.turn; }
 
     void start_partition() {
         std::fill(space_.tops, space_.tops + rows_, lowest);
@@ -94,12 +105,15 @@ private:
     struct Seen { std::int32_t low, high; };  // both inclusive
 
     Seen seen_by(const Token& token) const {
-        return native_ ? Seen{std::max(token.low, token.own), token.high} : Seen{token.low, token.own - 1};
+        const Seen all = pass_ ? Seen{0, token.low - 1} : Seen{token.low, token.high};
+        return native_ ? Seen{std::max(all.low, token.own), all.high} : Seen{all.low, std::min(all.high, token.own - 1)};
     }
 
-    // From now on strides are native ones, or of codes.
-    void see(bool native) {
-        native_ = native;
+    // From now on strides are like this one: of this pass, native or codes.
+    void see(const Stride& stride) {
+        if (stride.pass != pass_ && layer_.schedule.header->turns) take_queries(stride.pass);
+        pass_ = stride.pass;
+        native_ = stride.native;
         for (std::int64_t row = 0; row < rows_; ++row) {
             const Seen seen = seen_by(tokens_[row / shape_.group]);
             space_.low[row] = seen.low;
@@ -108,7 +122,7 @@ private:
     }
 
     void take_block(const Stride& stride, const Place* next) {
-        if (bool(stride.native) != native_) see(stride.native);
+        if (bool(stride.native) != native_ || stride.pass != pass_) see(stride);
         if constexpr (multiplies_codes)
             if (!native_) return take_block(codes_, stride, next);
         take_block(numbers_, stride, next);
@@ -227,7 +241,9 @@ private:
     NumberBlock<E> numbers_;
     std::conditional_t<multiplies_codes, CodeBlock, NoBlock> codes_;
     const Token* tokens_ = nullptr;
+    std::int64_t number_ = 0;  // of the head
     std::int64_t rows_ = 0;
+    std::int32_t pass_ = 0;
     bool native_ = true;
     Place places_[2];  // of this block, and of the next
     int now_ = 0;

@@ -15,6 +15,7 @@ template <class P> struct Workspace {
     P *nothing;                       // zeros, for where no token is held
     P *converted_keys, *converted_values;  // rows that are not P in the store
     P* queries;                       // [rows, key_dim in words]
+    P* turned;                        // [key_dim], a query on its way there, as the store has it
     P* few_queries;                   // [key_dim in words, rows of a strip]
     float* wide_queries;              // [rows, key_dim], for products with scales
     float* scales;                    // [pieces, key_dim]
@@ -39,6 +40,7 @@ template <class P> struct Workspace {
         take(memory, converted_keys, block_positions * shape.key_dim);
         take(memory, converted_values, block_positions * shape.value_dim);
         take(memory, queries, rows * key_dim);
+        take(memory, turned, shape.key_dim);
         take(memory, few_queries, few_rows * rounded_up(key_dim, 2 * lanes));
         take(memory, wide_queries, sealed ? rows * padded : 0);
         take(memory, scales, sealed ? pieces_at_once * padded : 0);
