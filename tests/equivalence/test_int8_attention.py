@@ -12,7 +12,9 @@ from torch import Tensor
 
 from kvloom.attention import Plan, build_plan, reference, torch_ops
 from kvloom.attention.native import kernels_for
+from kvloom.attention.turn import Turn
 from kvloom.cache import CachedSequence, CacheLayout, KVCache, LayerShape, Reach
+from kvloom.cache.retention import Retained, SinkWindow
 
 TOLERANCE = {
     torch.float64: {"rtol": 1e-4, "atol": 1e-5},  # the reference counts in float32
@@ -26,6 +28,14 @@ REACHES = st.one_of(
     st.sampled_from([1, 4, 7, 20, 64]).map(lambda tokens: Reach(chunk_tokens=tokens)),
 )
 LONGEST = 300
+POLICIES = st.none() | st.builds(
+    SinkWindow,
+    sink_tokens=st.sampled_from([0, 2, 20]),
+    window_tokens=st.sampled_from([1, 5, 17, 64]),
+    pins=st.sampled_from([(), ((9, 12),), ((5, 6), (30, 50))]),
+    reindex=st.booleans(),
+)
+TURN = Turn(torch.tensor([1.0, 0.1, 0.01]).double(), 0, False)
 
 
 class Layer:
@@ -38,6 +48,7 @@ class Layer:
         layout = CacheLayout(layers=(shape,), dtype=dtype, block_tokens=block_tokens, codec="int8")
         budget = layout.budget_for(4096 // block_tokens, open_blocks=32)
         self.cache = KVCache(layout, budget_bytes=budget, device=torch.device("cpu"))
+        self.policy: SinkWindow | None = None
         self.numbers: dict[CachedSequence, int] = {}
         generator = torch.Generator().manual_seed(5)
 
@@ -47,10 +58,12 @@ class Layer:
 
         self.keys, self.values = draw(2, LONGEST, key_dim), draw(2, LONGEST, value_dim)
         self.queries = draw(LONGEST, 2 * group, key_dim)
-        self.options: dict[str, Any] = {"scale": key_dim**-0.5}
+        self.options: dict[str, Any] = {"scale": key_dim**-0.5, "turn": TURN}
 
     def open(self, number: int) -> CachedSequence:
         self.numbers[sequence := self.cache.open()] = number
+        if self.policy is not None:
+            sequence.retained = Retained.begin(self.policy, sequence.tables, prompt_tokens=1, trained_tokens=None)
         return sequence
 
     def fork(self, parent: CachedSequence) -> CachedSequence:
@@ -88,6 +101,7 @@ class Layer:
     group=st.sampled_from([1, 3]),
     softcap=st.sampled_from([None, 2.0]),
     sinks=st.booleans(),
+    policy=POLICIES,
 )
 def test_whatever_the_schedule_all_kernels_give_what_the_reference_gives(
     dtype: torch.dtype,
@@ -98,8 +112,10 @@ def test_whatever_the_schedule_all_kernels_give_what_the_reference_gives(
     group: int,
     softcap: float | None,
     sinks: bool,
+    policy: SinkWindow | None,
 ) -> None:
     layer = Layer(dtype, reach, block_tokens, *dims, group)
+    layer.policy = policy
     layer.options |= {"softcap": softcap, "sinks": torch.randn(2 * group) if sinks else None}
     native = kernels_for(layer.cache.store)
     live = [layer.open(0)]
@@ -126,11 +142,18 @@ def test_whatever_the_schedule_all_kernels_give_what_the_reference_gives(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @settings(max_examples=25, deadline=None)
-@given(data=st.data(), reach=REACHES, block_tokens=st.sampled_from([4, 16, 48]), tokens=st.integers(1, 200))
+@given(
+    data=st.data(),
+    reach=REACHES,
+    policy=POLICIES,
+    block_tokens=st.sampled_from([4, 16, 48]),
+    tokens=st.integers(1, 200),
+)
 def test_natively_a_row_has_the_same_bits_in_any_chunk_batch_and_fork(
-    dtype: torch.dtype, data: st.DataObject, reach: Reach, block_tokens: int, tokens: int
+    dtype: torch.dtype, data: st.DataObject, reach: Reach, policy: SinkWindow | None, block_tokens: int, tokens: int
 ) -> None:
     layer = Layer(dtype, reach, block_tokens, 24, 24)
+    layer.policy = policy
     native = kernels_for(layer.cache.store)
     if native is None:
         pytest.skip("there are no native kernels here")

@@ -129,6 +129,64 @@ def test_beams_have_the_logits_that_their_tokens_have_alone(
             assert _same_bits(own.logits[step], alone)
 
 
+SINK_WINDOWS = st.builds(
+    kvloom.SinkWindow,
+    sink_tokens=st.integers(0, 5),
+    window_tokens=st.sampled_from([1, 3, 9, 20, 200]),
+    pins=st.sampled_from([(), ((1, 2),), ((0, 1),)]),
+    reindex=st.booleans(),
+)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    family=st.sampled_from(FAMILIES[:3]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    policy=SINK_WINDOWS,
+    tokens=st.integers(2, len(PROMPT)),
+    step_tokens=st.integers(1, 80),
+    block_tokens=st.sampled_from([1, 3, 16]),
+    mates=st.lists(st.tuples(st.integers(2, 40), st.none() | SINK_WINDOWS), max_size=3),
+    threads=st.integers(1, 2),
+    warm=st.booleans(),
+)
+def test_behind_sinks_and_a_window_logits_are_the_same_bits_whatever_surrounds_them(
+    family: str,
+    dtype: torch.dtype,
+    policy: kvloom.SinkWindow,
+    tokens: int,
+    step_tokens: int,
+    block_tokens: int,
+    mates: list[tuple[int, kvloom.SinkWindow | None]],
+    threads: int,
+    warm: bool,
+) -> None:
+    """Beside requests of other policies, and of none; and no module of the model runs."""
+    binding = _binding(family, dtype)
+    if policy.reindex:
+        binding.turns()
+    options = {"max_new_tokens": NEW, "eos_token_id": None, "output_logits": True}
+    alone = LanguageModel(Engine(binding, budget_bytes=1 << 21), None, None)
+    together = LanguageModel(
+        Engine(binding, budget_bytes=1 << 21, block_tokens=block_tokens, step_tokens=step_tokens), None, None
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(binding, "forward_by_modules", lambda *_, **__: pytest.fail("a module ran"))
+        with _threads(1):
+            expected = alone.generate(PROMPT[:tokens], retention=policy, **options)
+        with _threads(threads):
+            if warm:
+                together.generate(PROMPT, max_new_tokens=1, eos_token_id=None)
+            others = [
+                together.stream([(11 * own + 3 * i) % 131 for i in range(own)], retention=its, max_new_tokens=40)
+                for own, its in mates
+            ]
+            found = together.generate(PROMPT[:tokens], retention=policy, **options)
+            del others
+    assert found.token_ids == expected.token_ids
+    assert _same_bits(found.logits, expected.logits)
+
+
 @settings(max_examples=10, deadline=None)
 @given(
     family=st.sampled_from(FAMILIES[:4]),

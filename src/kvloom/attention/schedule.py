@@ -68,8 +68,9 @@ class TurnFactors:
 
     def __init__(self, turn: Turn, shifts: int) -> None:
         pairs = len(turn.frequencies)
-        self.numbers = np.empty((2, shifts, pairs), dtype=np.float32)
-        cosines, sines = (own.ctypes.data for own in self.numbers)
+        self.numbers = np.empty(2 * shifts * pairs, dtype=np.float32)
+        cosines = self.numbers.ctypes.data
+        sines = cosines + self.numbers.nbytes // 2
         self.arguments = _Turn(cosines, sines, pairs, turn.first, turn.interleaved)
 
     @property
@@ -122,9 +123,8 @@ class Scheduler:
             return None
         if turn not in schedule.factors:
             made = TurnFactors(turn, schedule.shifts)
-            cosines, sines = (own.ctypes.data for own in made.numbers)
-            frequencies = turn.frequencies.data_ptr()
-            self._turn(schedule.numbers.ctypes.data, frequencies, len(turn.frequencies), cosines, sines)
+            own = made.arguments
+            self._turn(schedule.numbers.ctypes.data, turn.frequencies.data_ptr(), own.pairs, own.cosines, own.sines)
             schedule.factors[turn] = made
         return schedule.factors[turn].address
 

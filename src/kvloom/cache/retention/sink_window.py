@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -56,7 +57,7 @@ class SinkWindow(Retention):
     def keep(self, held: Held) -> Keep:
         """Runs that the last query saw. The next one sees no more of the past; this one may be run again."""
         firsts = held.firsts.astype(np.int64)
-        return self._sight(False, None).needed(firsts, firsts + held.counts, held.tokens - 1)
+        return self._true_distances.needed(firsts, firsts + held.counts, held.tokens - 1)
 
     def sight(self, trained_tokens: int | None) -> Sight:
         """Sinks, pins and window."""
@@ -64,7 +65,7 @@ class SinkWindow(Retention):
 
     def reusable(self, prompt_tokens: int) -> int:
         """Tokens that see all before them."""
-        return min(prompt_tokens, self._sight(False, None).exact_tokens)
+        return min(prompt_tokens, self._true_distances.exact_tokens)
 
     def exact_tokens(self, prompt_tokens: int, trained_tokens: int | None) -> int:
         """The same; fewer where distances are cut to the trained length."""
@@ -116,6 +117,10 @@ class SinkWindow(Retention):
     def same_as(self, other: Retention | None) -> bool:
         """Distances may change on the way: keys do not depend on them."""
         return isinstance(other, SinkWindow) and replace(self, reindex=None) == replace(other, reindex=None)
+
+    @cached_property
+    def _true_distances(self) -> Sight:
+        return self._sight(False, None)
 
     def _sight(self, reindexed: bool, trained_tokens: int | None) -> Sight:
         return Sight(self._always(), self.window_tokens, reindexed, trained_tokens if reindexed else None)

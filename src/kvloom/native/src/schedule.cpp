@@ -128,9 +128,11 @@ private:
         }
     }
 
-    // Those of an entry, a new one if there is none yet. Blocks of a pass come in ascending order, codes and native ones apart.
+    // Those of an entry, a new one if there is none yet. Blocks of a pass come in ascending order, codes and native ones apart,
+    // so native ones of a run may stand between the codes of two runs.
     std::int32_t* slots_of(std::int64_t key) {
-        for (std::size_t i = entries.size(); i-- > pass_begin_ && entries[i].block() >= key >> 32;)
+        const std::int64_t between = sealed_ ? block_tokens_ / block_positions + 1 : 0;
+        for (std::size_t i = entries.size(); i-- > pass_begin_ && entries[i].block() + between >= key >> 32;)
             if (entries[i].key == key) return slots_.data() + entries[i].place;
         entries.push_back({key, std::int64_t(slots_.size()), -1});
         slots_.resize(slots_.size() + block_positions, -1);
