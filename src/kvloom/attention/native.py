@@ -148,6 +148,4 @@ def attend(
     """The same as `reference.attend`, by this process's native library, which must be there."""
     library = native()
     assert isinstance(library, Library), "whoever calls has seen that the kernels are there"
-    return kernels(library).attend(
-        queries, keys, values, plan, scale=scale, softcap=softcap, sinks=sinks, turn=turn
-    )
+    return kernels(library).attend(queries, keys, values, plan, scale=scale, softcap=softcap, sinks=sinks, turn=turn)

@@ -148,7 +148,7 @@ def _most_numbers(sources: Sequence[Source], set_tokens: int, kinds: int) -> int
 
 
 def _sight(source: Source) -> tuple[int, ...]:
-    """The last numbers of `struct Source` in `native/src/schedule.cpp`."""
+    """The last numbers of `struct Source` in `native/src/reader.h`."""
     if source.sight is None or not source.hides:
         return 0, 0, 0, 0, 0
     own = source.sight
