@@ -183,7 +183,7 @@ class LanguageModel:
         )
         requests, several = self.calls.requests(prompt, asked)
         if several or requests[0].max_rows > 1:
-            raise InvalidRequest("a stream has one prompt and one sequence: beams and batches use generate().")
+            raise InvalidRequest("a stream has one prompt and one sequence. Use generate() for beams and batches.")
         return Stream(self.engine, self.tokenizer, self.calls, requests[0])
 
     # ---- contexts ------------------------------------------------------------------------------------------

@@ -193,7 +193,7 @@ def test_a_wrong_option_is_refused_by_name(
 
 def test_a_stream_is_one_sequence_of_one_prompt(lm: LanguageModel) -> None:
     for prompt, options in [([PROMPT, PROMPT], {}), (PROMPT, {"num_beams": 2})]:
-        with pytest.raises(InvalidRequest, match=r"beams and batches use generate"):
+        with pytest.raises(InvalidRequest, match=r"Use generate\(\) for beams and batches"):
             lm.stream(prompt, **options)
 
 

@@ -168,7 +168,7 @@ def generate(
     given = _given(options)
     if token_ids and (images or frames or videos):
         flag = "--image" if images else "--frames" if frames else "--video"
-        raise click.UsageError(f"`{flag}` shows something beside text, so it does not go with `--token-ids`.")
+        raise click.UsageError(f"`{flag}` shows something beside text, and `--token-ids` has no text. Leave one away.")
     asked = read_ids(text) if token_ids else with_text(shown_blocks(images, frames=frames, videos=videos), text)
     with _notes(ctx, quiet):
         lm = load_model(quiet=quiet, retention=retention, **settings)

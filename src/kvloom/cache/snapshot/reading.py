@@ -43,13 +43,17 @@ def open_snapshot(path: str | os.PathLike[str]) -> Iterator[SnapshotReader]:
     """
     source = Path(path).expanduser()
     if not source.is_file():
-        what = "is a folder, not a snapshot." if source.is_dir() else "does not exist. Save a context there first."
+        what = (
+            "is a folder, not a snapshot. Name the file in it."
+            if source.is_dir()
+            else "does not exist. Save a context there first."
+        )
         raise SnapshotNotFound(f"`{source}` {what}")
     try:
         with safe_open(source, framework="pt") as file:
             yield SnapshotReader(source, file)
     except SafetensorError as error:
-        raise CorruptSnapshot(f"`{source}` is damaged or incomplete: {error}.") from error
+        raise CorruptSnapshot(f"`{source}` is damaged or incomplete: {error}. Save the context anew.") from error
 
 
 class SnapshotReader:
@@ -68,10 +72,13 @@ class SnapshotReader:
         self._source, self._file = source, file
         self._metadata: dict[str, str] = file.metadata() or {}
         if self._metadata.get("format") != FORMAT:
-            raise CorruptSnapshot(f"`{source}` is a safetensors file, but no snapshot of KVLoom.")
+            raise CorruptSnapshot(
+                f"`{source}` is a safetensors file, but no snapshot of KVLoom. Name one that `Context.save` wrote."
+            )
         if self._metadata.get("version") != VERSION:
             raise SnapshotMismatch(
-                f"`{source}` has version {self._metadata.get('version')} of the format; this KVLoom reads {VERSION}."
+                f"`{source}` has version {self._metadata.get('version')} of the format; this KVLoom reads {VERSION}. "
+                "Prefill the context anew, and save that."
             )
         self._digest = Digest(self._metadata)
         try:
