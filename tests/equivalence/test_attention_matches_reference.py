@@ -8,6 +8,7 @@ NaN to begin with, so that whoever reads a slot that was not written returns NaN
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from unittest import mock
 
 import hypothesis.strategies as st
@@ -18,7 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 from attention_bench import HEADS, REACHES, TOLERANCE, Bench, Heads, Step
-from kvloom.attention import GroupPlan, Span, build_plan, spans, torch_ops
+from kvloom.attention import GroupPlan, Span, build_plan, reference, spans, torch_ops
+from kvloom.attention.observation import Observation
 from kvloom.blocks.table import expand_runs
 from kvloom.cache import Reach
 
@@ -217,3 +219,23 @@ def test_a_sink_takes_its_share_even_when_a_query_sees_only_itself(kernel: str) 
     output = bench.attend(torch_ops.attend, step)
     assert (output.abs() < own.repeat_interleave(2, 1).abs()).all()
     bench.check(torch_ops.attend, step)
+
+
+@settings(max_examples=20)
+@given(heads=HEADS, reach=REACHES, counts=st.tuples(*[st.integers(0, most) for most in (1, 7, 30)]))
+def test_the_masses_that_policies_observe_are_those_of_the_reference(
+    heads: Heads, reach: Reach, counts: tuple[int, int, int]
+) -> None:
+    bench = Bench(heads, reach=reach, block_tokens=4)
+    decodes, continues, begins = (bench.open() for _ in range(3))
+    bench.step((decodes, 21), (continues, 6))
+    step = bench.step((decodes, 1), (continues, 7), (begins, 30))
+    observation = Observation(counts)
+    group = replace(step.plan.groups[0], observation=observation)
+    arguments = (step.queries, bench.cache.store.keys[0], group)
+    observation.add(*arguments, **heads.options())
+    expected = reference.attention_mass(*arguments, **heads.options())
+    for count, mass, own in zip(counts, observation.masses(), expected, strict=True):
+        assert (mass is not None) == (count > 0)
+        if mass is not None:
+            torch.testing.assert_close(torch.from_numpy(mass), own, **TOLERANCE[torch.float32])
