@@ -18,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
-from attention_bench import HEADS, REACHES, TOLERANCE, Bench, Heads, Step
+from attention_bench import HEADS, REACHES, TOLERANCE, Bench, Heads, Step, draw_step
 from kvloom.attention import GroupPlan, Span, build_plan, reference, spans, torch_ops
 from kvloom.attention.observation import Observation
 from kvloom.blocks.table import expand_runs
@@ -89,20 +89,7 @@ def test_whatever_the_schedule_the_operators_give_what_the_reference_gives(
     shared, view = data.draw(st.sampled_from([(1, 1), (4, 8), (64, 128)]))
     with mock.patch.multiple(spans, MIN_SHARED_TOKENS=shared, MIN_VIEW_TOKENS=view):
         for _ in range(data.draw(st.integers(2, 6))):
-            kind = data.draw(st.sampled_from(["ragged", "decode", "fork", "truncate"]))
-            if kind == "fork":
-                parent = data.draw(st.sampled_from(live))
-                live += [bench.fork(parent) for _ in range(data.draw(st.integers(1, 4)))]
-            if kind == "truncate":
-                sequence = data.draw(st.sampled_from(live))
-                tokens = data.draw(st.integers(0, sequence.cached.tokens))
-                if bench.cache.can_truncate(sequence.cached, tokens):
-                    bench.truncate(sequence, tokens)
-            if kind == "ragged":
-                live.append(bench.open())
-            counts = st.just(1) if kind in ("decode", "fork") else st.sampled_from([1, 1, 2, 5, 18, 40])
-            order = data.draw(st.permutations(live))
-            step = bench.step(*((sequence, data.draw(counts)) for sequence in order))
+            step = draw_step(data, bench, live, [1, 1, 2, 5, 18, 40])
             bench.check(torch_ops.attend, step)
             group = step.plan.groups[0]
             size = (step.plan.tokens, bench.cache.blocks * block_tokens)
