@@ -442,7 +442,7 @@ def test_a_callable_without_a_cache_has_nothing_to_plan() -> None:
 
 
 def test_a_loaded_model_is_not_planned_in_another_dtype() -> None:
-    with pytest.raises(InvalidRequest, match=r"loaded in torch.float32; kvloom.plan\(\) plans it in another"):
+    with pytest.raises(InvalidRequest, match=r"loaded in torch.float32; to plan it in another"):
         kvloom.attach(tiny.tiny_model("llama")).plan(dtype="bfloat16")
 
 
