@@ -171,3 +171,24 @@ HEADS = st.builds(
     sinks=st.booleans(),
     scale=st.sampled_from([0.1, 0.5]),
 )
+
+
+def draw_step(data: st.DataObject, bench: Bench, live: list[Sequence], counts: list[int]) -> Step:
+    """A step of all `live` sequences, after one of them was forked or cut, or another one joined them, or nothing.
+
+    Args:
+        counts: of how many tokens each may run, unless all decode.
+    """
+    kind = data.draw(st.sampled_from(["ragged", "decode", "fork", "truncate"]))
+    if kind == "fork":
+        parent = data.draw(st.sampled_from(live))
+        live += [bench.fork(parent) for _ in range(data.draw(st.integers(1, 4)))]
+    if kind == "truncate":
+        sequence = data.draw(st.sampled_from(live))
+        tokens = data.draw(st.integers(0, sequence.cached.tokens))
+        if bench.cache.can_truncate(sequence.cached, tokens):
+            bench.truncate(sequence, tokens)
+    if kind == "ragged":
+        live.append(bench.open())
+    own = st.just(1) if kind in ("decode", "fork") else st.sampled_from(counts)
+    return bench.step(*((sequence, data.draw(own)) for sequence in data.draw(st.permutations(live))))

@@ -318,6 +318,16 @@ def random_ids(model: PreTrainedModel, *, tokens: int, seed: int = 0) -> list[in
     return torch.randint(model.config.vocab_size, (tokens,), generator=generator).tolist()
 
 
+def left_padded(model: PreTrainedModel, *lengths: int) -> dict[str, torch.Tensor]:
+    """A batch of random prompts, padded on the left, in which id 0 occurs as padding only."""
+    prompts = [[token or 1 for token in random_ids(model, tokens=n, seed=n)] for n in lengths]
+    width = max(lengths)
+    return {
+        "input_ids": torch.tensor([[0] * (width - len(own)) + own for own in prompts]),
+        "attention_mask": torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in prompts]),
+    }
+
+
 @torch.no_grad()
 def _draw_weights(model: PreTrainedModel) -> None:
     for parameter in model.parameters():

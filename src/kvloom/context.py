@@ -85,7 +85,7 @@ class Context:
         whole = isinstance(tokens, int) and not isinstance(tokens, bool)
         if not whole or not 0 < tokens <= self.tokens:
             raise InvalidRequest(
-                f"a context of {self.tokens} tokens can be cut to 1 to {self.tokens}, not to {tokens!r}."
+                f"a context cannot be cut to {tokens!r} tokens. Pass 1 to {self.tokens}, which is how many it has."
             )
         broken = None if self.media is None else self.media.split_by(tokens)
         if broken is not None:

@@ -21,7 +21,7 @@ from kvloom.results import Generation
 from kvloom.text import encode_continuation, encode_start
 
 FORMAT = "kvloom conversation 1"
-NO_TEMPLATE = "this model has no chat template, so there is no place for an image."
+NO_TEMPLATE = "this model has no chat template, so there is no place for an image. Leave it out."
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,15 @@ class Conversation:
 
     def __post_init__(self) -> None:
         if self.lm.tokenizer is None:
-            raise InvalidRequest("a conversation is text, and this model has no tokenizer.")
+            raise InvalidRequest("a conversation is text, and this model has no tokenizer. Attach the model with one.")
         if self.lm.binding.encoder is not None:
-            raise InvalidRequest("a conversation goes on; an encoder-decoder model decodes from one source each time.")
+            raise InvalidRequest(
+                "a conversation goes on; an encoder-decoder model decodes from one source each time. Use generate()."
+            )
         if self.system is not None and not self.has_template:
-            raise InvalidRequest("this model has no chat template, so there is no place for a system message.")
+            raise InvalidRequest(
+                "this model has no chat template, so there is no place for a system message. Leave it out."
+            )
 
     @property
     def has_template(self) -> bool:
@@ -134,7 +138,7 @@ class Conversation:
     def undo(self) -> Turn:
         """Take back the last turn; its tokens are cut off the context."""
         if not self.turns:
-            raise InvalidRequest("there is no turn to take back.")
+            raise InvalidRequest("there is no turn to take back: nothing has been said yet.")
         turn = self.turns.pop()
         self.context = self.context.truncate(turn.tokens_before) if self.context and turn.tokens_before else None
         self.last = None
@@ -153,7 +157,7 @@ class Conversation:
             "token_ids": [] if self.context is None else list(self.context.token_ids),
         }
         if file.exists() and not file.is_file():
-            raise InvalidRequest(f"`{file}` is no regular file, so a conversation cannot take its place.")
+            raise InvalidRequest(f"`{file}` is no regular file, so a conversation cannot take its place. Name another.")
         if self.context is not None and self.lm.engine.cache is not None:
             self.context.save(_beside(file))
         aside = file.with_name(f".{file.name}.{os.getpid()}")
@@ -172,7 +176,10 @@ class Conversation:
         told = _read(file)
         turns = [Turn(**{**turn, "images": tuple(turn.get("images", ()))}) for turn in told["turns"]]
         if told["system"] is not None and not self.has_template:
-            raise InvalidRequest(f"`{file}` has a system message, and this model has no chat template.")
+            raise InvalidRequest(
+                f"`{file}` has a system message, and this model has no chat template to write it. Load it with "
+                "the model that saved it."
+            )
         reason, context = None, None
         if turns:
             try:
@@ -243,7 +250,7 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InvalidRequest(f"`{file}` cannot be read: {error.strerror}.") from error
+        raise InvalidRequest(f"`{file}` cannot be read: {error.strerror}. Name another file.") from error
     except ValueError as error:
         raise InvalidRequest(f"`{file}` is no saved conversation.") from error
     if not isinstance(told, dict) or told.get("format") != FORMAT:
@@ -255,5 +262,7 @@ def _read(file: Path) -> dict[str, Any]:
     except (KeyError, TypeError):
         whole = False
     if not whole:
-        raise InvalidRequest(f"`{file}` is a damaged conversation: it lacks something, or holds it in another form.")
+        raise InvalidRequest(
+            f"`{file}` is a damaged conversation: it lacks something, or holds it in another form. Save it anew."
+        )
     return told

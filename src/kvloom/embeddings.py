@@ -223,7 +223,9 @@ class EmbeddingModel:
         width = self.binding.source_dim
         if width is None:
             if given is not None:
-                raise InvalidRequest("the decoder has no cross-attention, so it reads no `encoder_outputs`.")
+                raise InvalidRequest(
+                    "the decoder has no cross-attention, so it reads no `encoder_outputs`. Leave them out."
+                )
             return None
         if given is None:
             if past is None:
@@ -235,7 +237,8 @@ class EmbeddingModel:
         read = self._read(given, "encoder_outputs", width)
         if len(read) != batch:
             raise InvalidRequest(
-                f"`encoder_outputs` must be of {batch} sequences, as the embeddings are; got {len(read)}."
+                f"`encoder_outputs` must be of {batch} sequences, as the embeddings are; got {len(read)}. "
+                "Repeat them for each."
             )
         source = Source.of(read, tokens=read.shape[1])
         if past is not None and past.source is not None and source.key != past.source.key:

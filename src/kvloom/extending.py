@@ -2,19 +2,53 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from kvloom.attention import View
 from kvloom.cache.retention import Retention
-from kvloom.calls import Calls
-from kvloom.context import Context
+from kvloom.calls import UNSET, Calls
+from kvloom.context import Context, check_context
 from kvloom.engine import Engine
-from kvloom.engine.looking import Look
-from kvloom.errors import CacheMismatch, PromptTooLong
-from kvloom.prompts import Prompt
+from kvloom.engine.looking import Look, check_look
+from kvloom.errors import CacheMismatch, InvalidRequest, PromptTooLong
+from kvloom.looking import wanted_of
+from kvloom.prompts import Prompt, read_prompt
+from kvloom.results import Extended
 
 REPEATED_CONTEXT_TOKENS = 4
 """From this length on, new tokens that begin with the whole context are taken for the classic mistake."""
+
+
+def extend(
+    engine: Engine,
+    calls: Calls,
+    context: Context | None,
+    token_ids: Any,
+    *,
+    start: int | None,
+    output_attentions: bool,
+    output_hidden_states: bool,
+) -> Extended:
+    """Run the new tokens of a sequence, and only these; see `LanguageModel.extend`, which calls this."""
+    check_context(context)
+    new_ids = read_prompt(token_ids, None, vocab_size=engine.binding.vocab_size)
+    _check_continuation(context, new_ids, start)
+    policy = calls.policy(UNSET, context)
+    if engine.binding.encoder is not None and context is None:
+        raise InvalidRequest(
+            "an encoder-decoder model decodes from a source: begin with `context = lm.prefill(source)`, and extend "
+            "that."
+        )
+    whole = calls.prompt(new_ids, context)
+    wanted = wanted_of(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
+    check_look(wanted, engine.binding, policy)
+    look = None if wanted is None else Look(wanted, 0 if context is None else context.tokens)
+    logits, extended = run_behind(context, whole, engine, calls, policy=policy, all_logits=True, look=look)
+    view = View() if look is None else look.view(extended.tokens)
+    return Extended(logits, extended, view.attentions, view.cross_attentions, view.hidden_states)
 
 
 def run_behind(
@@ -60,7 +94,7 @@ def run_behind(
     return logits, Context(engine, token_ids, held, policy, source=whole.source, media=whole.media)
 
 
-def check_continuation(context: Context | None, new_ids: list[int], start: int | None) -> None:
+def _check_continuation(context: Context | None, new_ids: list[int], start: int | None) -> None:
     """Raise `CacheMismatch` unless new tokens are what follows a context, as far as that can be seen.
 
     Args:

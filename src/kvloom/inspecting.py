@@ -89,7 +89,9 @@ class Inspection:
     def _read(self, layer: int, first: int, end: int | None) -> tuple[Tensor, Tensor]:
         cache, cached = _held(self._engine, self._context)
         if cache is None:
-            raise InvalidRequest("the model keeps no cache, so it holds nothing of this context.")
+            raise InvalidRequest(
+                "the model keeps no cache, so it holds nothing of this context, and nothing can be shown."
+            )
         return gathered(cache, cached, layer, first, end)
 
 

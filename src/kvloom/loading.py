@@ -92,7 +92,7 @@ def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
         return "auto"
     found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise InvalidRequest(f"`dtype={dtype}` is not a floating-point dtype such as float32 or bfloat16.")
+        raise InvalidRequest(f"`dtype={dtype}` is not a floating-point dtype. Pass one, such as float32 or bfloat16.")
     return found
 
 
@@ -118,7 +118,7 @@ def _locate(name: str | os.PathLike[str] | None) -> Path | str:
     text = os.fspath(name)
     looks_like_a_path = text.startswith((".", "/", "~")) or text.count("/") > 1
     if folder.exists() or looks_like_a_path:
-        raise ModelNotFound(f"there is no model folder `{text}`.")
+        raise ModelNotFound(f"there is no model folder `{text}`. Pass a folder that has a config.json, or a hub id.")
     return text
 
 
@@ -126,7 +126,9 @@ def _check_files(folder: Path) -> None:
     """Look at the files before transformers does, whose errors speak of other things."""
     config = folder / "config.json"
     if not config.is_file():
-        raise ModelNotFound(f"`{folder}` holds no config.json, so it is not a model folder.")
+        raise ModelNotFound(
+            f"`{folder}` holds no config.json, so it is not a model folder. Pass the folder that has it."
+        )
     for file in (config, folder / "generation_config.json"):
         if file.is_file():
             _check_json(file)
@@ -182,7 +184,7 @@ def _read_weights(source: Path | str, config: Any, dtype: torch.dtype | str) -> 
     if missing := sorted(report["missing_keys"]):
         raise CorruptCheckpoint(
             f"the checkpoint `{source}` lacks {len(missing)} of the model's weights, `{missing[0]}` first; "
-            "transformers would have made them up."
+            "transformers would have made them up. Fetch it again, or save it whole."
         )
     return model
 

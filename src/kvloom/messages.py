@@ -101,7 +101,10 @@ class Chat:
         _, found, text = self._render([*earlier, *messages], cue).partition(STAND_IN)
         closing = self._render(earlier, False).partition(STAND_IN)[2]
         if not found:
-            raise InvalidRequest("the chat template leaves out earlier answers, so messages cannot follow a context.")
+            raise InvalidRequest(
+                "the chat template leaves out earlier answers, so messages cannot follow a context. "
+                "Pass all of them without one."
+            )
         return text, closing if text.startswith(closing) else ""
 
     def _overlap(self, before: Sequence[int], closing: str) -> int:
@@ -155,24 +158,27 @@ class Chat:
             )
         for number, video in enumerate(shown["video"], start=1):
             if isinstance(video, (str, os.PathLike)) and "://" not in str(video) and not os.path.exists(video):
-                raise InvalidRequest(f"video {number} cannot be read: there is no file `{video}`.")
+                raise InvalidRequest(f"video {number} cannot be read: there is no file `{video}`. Check the path.")
 
 
 def _checked(message: Any, number: int) -> dict[str, Any]:
     """A message of the right form; blocks that say what they show keep their place."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise InvalidRequest(f"message {number} has no role. A message is {{'role': 'user', 'content': ...}}.")
+        raise InvalidRequest(f"message {number} has no role. Write it as {{'role': 'user', 'content': ...}}.")
     content = message.get("content")
     if isinstance(content, str):
         return dict(message)
     if not isinstance(content, Sequence) or not all(isinstance(block, Mapping) for block in content):
-        raise InvalidRequest(f"the content of message {number} is neither text nor a list of blocks with a type.")
+        raise InvalidRequest(
+            f"the content of message {number} is neither text nor a list of blocks with a type. Pass text, "
+            "or blocks such as {'type': 'text', 'text': ...}."
+        )
     for block in content:
         kind = block.get("type")
         if kind == "text" and isinstance(block.get("text"), str):
             continue
         if kind not in SOURCES:
-            raise InvalidRequest(f"message {number} has a block of type {kind!r}; there are text, image and video.")
+            raise InvalidRequest(f"message {number} has a block of type {kind!r}. Pass text, image or video.")
         if _source(block) is None:
             keys = ", ".join(f"`{key}`" for key in SOURCES[kind])
             raise InvalidRequest(f"{_a(kind)} block of message {number} shows nothing. Give one of {keys}.")

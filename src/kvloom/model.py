@@ -8,20 +8,17 @@ from typing import Any
 
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from kvloom.attention import View
 from kvloom.cache.retention import Retention
 from kvloom.calls import UNSET, Asked, Calls, Unset
-from kvloom.context import Context, check_context
+from kvloom.context import Context
 from kvloom.engine import Engine
-from kvloom.engine.foreign import read_pairs
-from kvloom.engine.looking import Look, check_look
 from kvloom.errors import InvalidRequest
-from kvloom.extending import check_continuation, run_behind
+from kvloom.extending import extend, run_behind
+from kvloom.importing import import_cache
 from kvloom.inspecting import Inspection, inspect
-from kvloom.looking import wanted_of
 from kvloom.models import Binding
 from kvloom.planning import MemoryPlan, plan_for
-from kvloom.prompts import PromptReader, read_prompt
+from kvloom.prompts import PromptReader
 from kvloom.results import Extended
 from kvloom.scoring import Normalize, Scores, score
 from kvloom.stream import Stream
@@ -186,7 +183,7 @@ class LanguageModel:
         )
         requests, several = self.calls.requests(prompt, asked)
         if several or requests[0].max_rows > 1:
-            raise InvalidRequest("a stream has one prompt and one sequence: beams and batches use generate().")
+            raise InvalidRequest("a stream has one prompt and one sequence. Use generate() for beams and batches.")
         return Stream(self.engine, self.tokenizer, self.calls, requests[0])
 
     # ---- contexts ------------------------------------------------------------------------------------------
@@ -239,24 +236,15 @@ class LanguageModel:
             CacheMismatch: `start` is not the end of the context, or the tokens repeat the whole context.
             UnsupportedOption: the model does not show its inside.
         """
-        check_context(context)
-        new_ids = read_prompt(token_ids, None, vocab_size=self.vocab_size)
-        check_continuation(context, new_ids, start)
-        policy = self.calls.policy(UNSET, context)
-        if self.binding.encoder is not None and context is None:
-            raise InvalidRequest(
-                "an encoder-decoder model decodes from a source: begin with `context = lm.prefill(source)`, and extend "
-                "that."
-            )
-        whole = self.calls.prompt(new_ids, context)
-        wanted = wanted_of(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
-        check_look(wanted, self.binding, policy)
-        look = None if wanted is None else Look(wanted, 0 if context is None else context.tokens)
-        logits, extended = run_behind(
-            context, whole, self.engine, self.calls, policy=policy, all_logits=True, look=look
+        return extend(
+            self.engine,
+            self.calls,
+            context,
+            token_ids,
+            start=start,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
         )
-        view = View() if look is None else look.view(extended.tokens)
-        return Extended(logits, extended, view.attentions, view.cross_attentions, view.hidden_states)
 
     def import_cache(self, token_ids: Any, past_key_values: Any) -> Context:
         """A context of keys and values that transformers has computed for this model.
@@ -274,16 +262,7 @@ class LanguageModel:
             InvalidRequest: other shapes or another dtype, more tokens than ids, layers that have let go of tokens, or a
                 model that keeps no cache, or whose rotary factors depend on length. CacheFull: it does not fit.
         """
-        cache = self.engine.cache
-        if cache is None or self.binding.encoder is not None or self.binding.regime(1):
-            why = "keeps no keys and values" if cache is None else "turns its keys by factors that depend on length"
-            why = why if self.binding.encoder is None else "is an encoder-decoder model"
-            raise InvalidRequest(f"this model {why}, so no cache can be imported. Prefill the token ids.")
-        ids = read_prompt(token_ids, None, vocab_size=self.vocab_size)
-        pairs = read_pairs(past_key_values, cache.layout)
-        if pairs[0][0].shape[1] > len(ids):
-            raise InvalidRequest(f"the cache holds {pairs[0][0].shape[1]} tokens; {len(ids)} token ids were passed.")
-        return Context(self.engine, ids, self.engine.contexts.adopt(ids, pairs))
+        return import_cache(self.engine, token_ids, past_key_values)
 
     def inspect(self, context: Context) -> Inspection:
         """What the cache holds of a context: its blocks, who else holds them, bytes a layer, keys and values.

@@ -153,7 +153,9 @@ def read_prompt(prompt: Any, tokenizer: Any, *, vocab_size: int, continues: bool
         raise InvalidRequest(
             f"a prompt is text or token ids; got {type(prompt).__name__}. Of a tokenizer's output pass `.input_ids`."
         )
-    raise InvalidRequest(f"a prompt is text, a list of token ids, or a tensor of them; got {type(prompt).__name__}.")
+    raise InvalidRequest(
+        f"a prompt is text, a list of token ids, or a tensor of them; got {type(prompt).__name__}. Pass one of these."
+    )
 
 
 def read_token_ids(token_ids: Sequence[Any], vocab_size: int) -> list[int]:
@@ -187,7 +189,7 @@ def _encode(text: str, tokenizer: Any, vocab_size: int, continues: bool) -> list
 
 def _flat(prompt: Tensor | np.ndarray) -> list[Any]:
     if isinstance(prompt, Tensor) and (prompt.is_floating_point() or prompt.is_complex()):
-        raise InvalidTokens(f"token ids are integers; got a tensor of {prompt.dtype}.")
+        raise InvalidTokens(f"token ids are integers; got a tensor of {prompt.dtype}. Pass an integer tensor.")
     if prompt.ndim == 2 and prompt.shape[0] == 1:
         prompt = prompt[0]
     if prompt.ndim != 1:

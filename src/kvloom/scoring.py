@@ -84,7 +84,7 @@ def score(
 ) -> Scores:
     """See `LanguageModel.score`. `read` gives the prompt, the context's tokens included."""
     if normalize not in get_args(Normalize):
-        raise InvalidRequest(f"`normalize={normalize}` is not known; there are {', '.join(get_args(Normalize))}.")
+        raise InvalidRequest(f"`normalize={normalize}` is not known. Pass {', '.join(get_args(Normalize))}.")
     prompt = read()
     prompt_ids = prompt.token_ids
     policy = calls.policy(UNSET, context, use_cache=use_cache)
@@ -148,7 +148,7 @@ class _Reader:
             token_ids = self._encode(continuation, name)
         elif isinstance(continuation, (Tensor, Sequence)) or hasattr(continuation, "ndim"):
             if not len(continuation):
-                raise EmptyPrompt(f"{name} holds no tokens. A continuation has at least one.")
+                raise EmptyPrompt(f"{name} holds no tokens. Pass at least one.")
             try:
                 token_ids = read_prompt(continuation, None, vocab_size=self._vocab_size)
             except InvalidRequest as error:

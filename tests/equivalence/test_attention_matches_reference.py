@@ -8,6 +8,7 @@ NaN to begin with, so that whoever reads a slot that was not written returns NaN
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from unittest import mock
 
 import hypothesis.strategies as st
@@ -17,8 +18,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
-from attention_bench import HEADS, REACHES, TOLERANCE, Bench, Heads, Step
-from kvloom.attention import GroupPlan, Span, build_plan, spans, torch_ops
+from attention_bench import HEADS, REACHES, TOLERANCE, Bench, Heads, Step, draw_step
+from kvloom.attention import GroupPlan, Span, build_plan, reference, spans, torch_ops
+from kvloom.attention.observation import Observation
 from kvloom.blocks.table import expand_runs
 from kvloom.cache import Reach
 
@@ -87,20 +89,7 @@ def test_whatever_the_schedule_the_operators_give_what_the_reference_gives(
     shared, view = data.draw(st.sampled_from([(1, 1), (4, 8), (64, 128)]))
     with mock.patch.multiple(spans, MIN_SHARED_TOKENS=shared, MIN_VIEW_TOKENS=view):
         for _ in range(data.draw(st.integers(2, 6))):
-            kind = data.draw(st.sampled_from(["ragged", "decode", "fork", "truncate"]))
-            if kind == "fork":
-                parent = data.draw(st.sampled_from(live))
-                live += [bench.fork(parent) for _ in range(data.draw(st.integers(1, 4)))]
-            if kind == "truncate":
-                sequence = data.draw(st.sampled_from(live))
-                tokens = data.draw(st.integers(0, sequence.cached.tokens))
-                if bench.cache.can_truncate(sequence.cached, tokens):
-                    bench.truncate(sequence, tokens)
-            if kind == "ragged":
-                live.append(bench.open())
-            counts = st.just(1) if kind in ("decode", "fork") else st.sampled_from([1, 1, 2, 5, 18, 40])
-            order = data.draw(st.permutations(live))
-            step = bench.step(*((sequence, data.draw(counts)) for sequence in order))
+            step = draw_step(data, bench, live, [1, 1, 2, 5, 18, 40])
             bench.check(torch_ops.attend, step)
             group = step.plan.groups[0]
             size = (step.plan.tokens, bench.cache.blocks * block_tokens)
@@ -217,3 +206,23 @@ def test_a_sink_takes_its_share_even_when_a_query_sees_only_itself(kernel: str) 
     output = bench.attend(torch_ops.attend, step)
     assert (output.abs() < own.repeat_interleave(2, 1).abs()).all()
     bench.check(torch_ops.attend, step)
+
+
+@settings(max_examples=20)
+@given(heads=HEADS, reach=REACHES, counts=st.tuples(*[st.integers(0, most) for most in (1, 7, 30)]))
+def test_the_masses_that_policies_observe_are_those_of_the_reference(
+    heads: Heads, reach: Reach, counts: tuple[int, int, int]
+) -> None:
+    bench = Bench(heads, reach=reach, block_tokens=4)
+    decodes, continues, begins = (bench.open() for _ in range(3))
+    bench.step((decodes, 21), (continues, 6))
+    step = bench.step((decodes, 1), (continues, 7), (begins, 30))
+    observation = Observation(counts)
+    group = replace(step.plan.groups[0], observation=observation)
+    arguments = (step.queries, bench.cache.store.keys[0], group)
+    observation.add(*arguments, **heads.options())
+    expected = reference.attention_mass(*arguments, **heads.options())
+    for count, mass, own in zip(counts, observation.masses(), expected, strict=True):
+        assert (mass is not None) == (count > 0)
+        if mass is not None:
+            torch.testing.assert_close(torch.from_numpy(mass), own, **TOLERANCE[torch.float32])

@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 import kvloom
 from counting import available_blocks
 from kvloom.errors import EmptyPrompt, InvalidRequest, UnknownOption, UnsupportedOption
-from tiny import random_ids, tiny_model
+from tiny import left_padded, random_ids, tiny_model
 
 FAMILIES = ("llama", "gpt2", "qwen2")
 PAD = 0
@@ -34,16 +34,6 @@ def model_named(family: str) -> PreTrainedModel:
     model = tiny_model(family)
     model.generation_config.pad_token_id = PAD
     return model
-
-
-def padded(model: PreTrainedModel, *lengths: int) -> dict[str, Tensor]:
-    """A left-padded batch of random prompts in which PAD occurs as padding only."""
-    prompts = [[token or 1 for token in random_ids(model, tokens=n, seed=n)] for n in lengths]
-    width = max(lengths)
-    return {
-        "input_ids": torch.tensor([[PAD] * (width - len(own)) + own for own in prompts]),
-        "attention_mask": torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in prompts]),
-    }
 
 
 def frequent_tokens(model: PreTrainedModel, inputs: dict[str, Tensor], count: int) -> list[int]:
@@ -71,7 +61,7 @@ def assert_rows_are_equal(theirs: tuple[Tensor, ...], ours: tuple[Tensor, ...], 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_sequences_of_a_padded_batch_are_those_of_transformers(family: str) -> None:
     model = model_named(family)
-    inputs = padded(model, 9, 5, 1)
+    inputs = left_padded(model, 9, 5, 1)
     for ends in (None, frequent_tokens(model, inputs, 2)):
         theirs, ours = both(model, inputs, eos_token_id=ends)
         assert ours.tolist() == theirs.tolist()
@@ -81,7 +71,7 @@ def test_greedy_sequences_of_a_padded_batch_are_those_of_transformers(family: st
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_details_are_those_of_transformers(family: str) -> None:
     model = model_named(family)
-    inputs = padded(model, 9, 5)
+    inputs = left_padded(model, 9, 5)
     free = model.generate(**inputs, max_new_tokens=NEW_TOKENS, repetition_penalty=1.3)[:, 9:].tolist()
     length = next(n for n in range(1, NEW_TOKENS) if free[0][n - 1] not in (*free[0][: n - 1], *free[1]))
     options = {"repetition_penalty": 1.3, "eos_token_id": free[0][length - 1]}
@@ -100,7 +90,7 @@ def test_greedy_details_are_those_of_transformers(family: str) -> None:
 @pytest.mark.parametrize("beams", [3, 4])
 def test_beams_of_a_padded_batch_are_those_of_transformers(family: str, beams: int) -> None:
     model = model_named(family)
-    inputs = padded(model, 9, 5, 7)
+    inputs = left_padded(model, 9, 5, 7)
     ends = frequent_tokens(model, inputs, 8)
     lengths = set()
     for end in (None, ends[0], ends[2:5], ends):
@@ -127,7 +117,7 @@ def test_beams_of_a_padded_batch_are_those_of_transformers(family: str, beams: i
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_and_logits_of_all_running_beams_are_those_of_transformers(family: str) -> None:
     model = model_named(family)
-    inputs = padded(model, 9)
+    inputs = left_padded(model, 9)
     options = {"num_beams": 3, "eos_token_id": frequent_tokens(model, inputs, 2), "no_repeat_ngram_size": 2}
     theirs, ours = both(model, inputs, **options, **DETAILS)
     live = [[True] * 3] * len(theirs.scores)
@@ -137,7 +127,7 @@ def test_scores_and_logits_of_all_running_beams_are_those_of_transformers(family
 
 def test_rows_of_prompts_whose_search_has_ended_are_zeros() -> None:
     model = model_named("llama")
-    inputs = padded(model, 9, 5, 7)
+    inputs = left_padded(model, 9, 5, 7)
     ends = frequent_tokens(model, inputs, 12)
     for count in range(2, 12):
         options = {"num_beams": 3, "early_stopping": True, "eos_token_id": ends[:count]}
@@ -154,7 +144,7 @@ def test_rows_of_prompts_whose_search_has_ended_are_zeros() -> None:
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}])
 def test_details_that_were_not_asked_for_are_left_out(options: dict[str, Any]) -> None:
     model = model_named("llama")
-    inputs = padded(model, 6, 4)
+    inputs = left_padded(model, 6, 4)
     theirs, ours = both(model, inputs, return_dict_in_generate=True, **options)
     assert type(ours) is type(theirs)
     assert ours.scores is None and ours.logits is None
@@ -165,7 +155,7 @@ def test_details_that_were_not_asked_for_are_left_out(options: dict[str, Any]) -
 
 def test_padding_is_inferred_from_pad_ids_as_in_transformers() -> None:
     model = model_named("llama")
-    inputs = padded(model, 9, 5)
+    inputs = left_padded(model, 9, 5)
     del inputs["attention_mask"]
     theirs, ours = both(model, inputs)
     assert ours.tolist() == theirs.tolist()
@@ -177,7 +167,7 @@ def test_padding_is_inferred_from_pad_ids_as_in_transformers() -> None:
 @pytest.mark.parametrize("beams", [1, 3])
 def test_lengths_count_the_padding_as_in_transformers(beams: int) -> None:
     model = model_named("llama")
-    inputs = padded(model, 9, 5)
+    inputs = left_padded(model, 9, 5)
     ends = frequent_tokens(model, inputs, 6)
     for lengths in (
         {"max_length": 13},
@@ -193,7 +183,7 @@ def test_lengths_count_the_padding_as_in_transformers(beams: int) -> None:
 
 def test_a_generation_config_is_taken_and_the_models_own_fills_it_up() -> None:
     model = model_named("llama")
-    inputs = padded(model, 9, 5)
+    inputs = left_padded(model, 9, 5)
     config = GenerationConfig(num_beams=3, max_new_tokens=5, return_dict_in_generate=True, output_scores=True)
     theirs = model.generate(**inputs, generation_config=config)
     ours = kvloom.generate(model, **inputs, generation_config=config)
@@ -203,7 +193,7 @@ def test_a_generation_config_is_taken_and_the_models_own_fills_it_up() -> None:
 
 def test_inputs_may_be_positional_or_missing() -> None:
     model = model_named("gpt2")
-    inputs = padded(model, 6)["input_ids"]
+    inputs = left_padded(model, 6)["input_ids"]
     assert (
         kvloom.generate(model, inputs, max_new_tokens=3).tolist() == model.generate(inputs, max_new_tokens=3).tolist()
     )
@@ -213,13 +203,13 @@ def test_inputs_may_be_positional_or_missing() -> None:
 
 def test_use_cache_false_gives_the_same() -> None:
     model = model_named("qwen2")
-    theirs, ours = both(model, padded(model, 9, 5), use_cache=False, num_beams=3)
+    theirs, ours = both(model, left_padded(model, 9, 5), use_cache=False, num_beams=3)
     assert ours.tolist() == theirs.tolist()
 
 
 def test_samples_follow_the_global_seed_and_differ_between_prompts() -> None:
     model = model_named("llama")
-    row = padded(model, 6)["input_ids"]
+    row = left_padded(model, 6)["input_ids"]
     options = {"do_sample": True, "temperature": 2.0, "max_new_tokens": 12, "top_k": 0}
 
     def sample(seed: int) -> list[list[int]]:
@@ -234,7 +224,7 @@ def test_samples_follow_the_global_seed_and_differ_between_prompts() -> None:
 
 def test_scores_of_samples_are_those_that_the_tokens_were_drawn_by() -> None:
     model = model_named("llama")
-    inputs = padded(model, 6, 4)
+    inputs = left_padded(model, 6, 4)
     options = {"do_sample": True, "temperature": 0.7, "top_k": 5, "num_return_sequences": 2, "max_new_tokens": 4}
     with torch.random.fork_rng(devices=[]):
         out = kvloom.generate(model, **inputs, **options, **DETAILS)
@@ -253,7 +243,7 @@ def test_allowed_tokens_are_asked_for_each_prompt(beams: int) -> None:
     def allowed(prompt: int, token_ids: Tensor) -> list[int]:
         return [11, 12, 13, int(token_ids[-1])] if prompt else [21, 22, 23, 24, 25]
 
-    theirs, ours = both(model, padded(model, 6, 6), prefix_allowed_tokens_fn=allowed, num_beams=beams)
+    theirs, ours = both(model, left_padded(model, 6, 6), prefix_allowed_tokens_fn=allowed, num_beams=beams)
     assert ours.tolist() == theirs.tolist()
 
 
@@ -263,7 +253,7 @@ def test_processors_of_the_caller_run() -> None:
             return scores.index_fill(1, input_ids[0, -1:], -torch.inf)
 
     model = model_named("llama")
-    theirs, ours = both(model, padded(model, 6), logits_processor=[Forbids()])
+    theirs, ours = both(model, left_padded(model, 6), logits_processor=[Forbids()])
     assert ours.tolist() == theirs.tolist()
 
 
@@ -280,7 +270,7 @@ class Recorded(BaseStreamer):
 
 def test_a_streamer_hears_what_transformers_tells_it() -> None:
     model = model_named("llama")
-    inputs = padded(model, 6)
+    inputs = left_padded(model, 6)
     ends = frequent_tokens(model, inputs, 1)
     theirs, ours = Recorded(), Recorded()
     model.generate(**inputs, streamer=theirs, max_new_tokens=5, eos_token_id=ends)
@@ -302,7 +292,7 @@ def test_a_text_streamer_of_transformers_works() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_cache_of_transformers_is_continued_and_filled_as_transformers_does(family: str) -> None:
     model = model_named(family)
-    first = padded(model, 12)["input_ids"]
+    first = left_padded(model, 12)["input_ids"]
     caches = []
     for generate in (model.generate, lambda *own, **options: kvloom.generate(model, *own, **options)):
         past = DynamicCache(config=model.config)
@@ -320,7 +310,7 @@ def test_a_cache_of_transformers_is_continued_and_filled_as_transformers_does(fa
 
 def test_a_tuple_of_keys_and_values_and_a_streamer_go_together() -> None:
     model = model_named("llama")
-    token_ids = padded(model, 12)["input_ids"]
+    token_ids = left_padded(model, 12)["input_ids"]
     cache = model(token_ids[:, :9], past_key_values=DynamicCache(config=model.config)).past_key_values
     past = tuple((layer.keys, layer.values) for layer in cache.layers)
     plain = kvloom.generate(model, token_ids, max_new_tokens=5)
@@ -337,12 +327,12 @@ def test_a_tuple_of_keys_and_values_and_a_streamer_go_together() -> None:
 def test_a_cache_that_could_not_be_given_back_is_refused_by_name(options: dict[str, Any]) -> None:
     model = model_named("llama")
     with pytest.raises(UnsupportedOption, match="`past_key_values` is not supported"):
-        kvloom.generate(model, **padded(model, 5), past_key_values=DynamicCache(), **options)
+        kvloom.generate(model, **left_padded(model, 5), past_key_values=DynamicCache(), **options)
     with pytest.raises(UnsupportedOption, match="`past_key_values` is not supported"):
-        kvloom.generate(model, **padded(model, 5, 3), past_key_values=DynamicCache())
+        kvloom.generate(model, **left_padded(model, 5, 3), past_key_values=DynamicCache())
     window = tiny_model("mistral")
     with pytest.raises(UnsupportedOption, match="`past_key_values`"):
-        kvloom.generate(window, **padded(window, 5), past_key_values=DynamicCache())
+        kvloom.generate(window, **left_padded(window, 5), past_key_values=DynamicCache())
 
 
 # ---- what is refused --------------------------------------------------------------------------------------------
@@ -367,18 +357,18 @@ def test_a_cache_that_could_not_be_given_back_is_refused_by_name(options: dict[s
 def test_an_unsupported_argument_is_refused_by_name(name: str, value: Any) -> None:
     model = model_named("llama")
     with pytest.raises(UnsupportedOption, match=f"`{name}` is not supported"):
-        kvloom.generate(model, **padded(model, 3), **{name: value})
+        kvloom.generate(model, **left_padded(model, 3), **{name: value})
 
 
 def test_an_argument_that_does_not_exist_is_an_error_with_a_suggestion() -> None:
     model = model_named("llama")
     with pytest.raises(UnknownOption, match="Did you mean `num_beams`"):
-        kvloom.generate(model, **padded(model, 3), num_beam=3)
+        kvloom.generate(model, **left_padded(model, 3), num_beam=3)
 
 
 def test_arguments_that_are_none_change_nothing() -> None:
     model = model_named("llama")
-    inputs = padded(model, 5)
+    inputs = left_padded(model, 5)
     plain = kvloom.generate(model, **inputs, max_new_tokens=3)
     none = dict.fromkeys(("position_ids", "past_key_values", "streamer", "assistant_model", "labels", "synced_gpus"))
     assert kvloom.generate(model, **inputs, max_new_tokens=3, **none).tolist() == plain.tolist()
@@ -387,14 +377,14 @@ def test_arguments_that_are_none_change_nothing() -> None:
 @pytest.mark.parametrize("hidden", [[1, 1, 1, 0], [1, 0, 1, 1], [0, 1, 0, 1]])
 def test_padding_elsewhere_than_on_the_left_is_refused(hidden: list[int]) -> None:
     model = model_named("llama")
-    inputs = padded(model, 4)["input_ids"]
+    inputs = left_padded(model, 4)["input_ids"]
     with pytest.raises(InvalidRequest, match="padding_side='left'"):
         kvloom.generate(model, inputs, attention_mask=torch.tensor([hidden]))
 
 
 def test_inputs_of_a_wrong_shape_or_type_are_refused() -> None:
     model = model_named("llama")
-    good = padded(model, 4)["input_ids"]
+    good = left_padded(model, 4)["input_ids"]
     for bad in (good[0], good.float(), good.tolist(), good[:, :0], good[:0], "text"):
         with pytest.raises(InvalidRequest):
             kvloom.generate(model, bad)
@@ -432,7 +422,7 @@ def test_a_model_is_attached_once_and_forgotten_with_the_model(monkeypatch: pyte
     attached = []
     monkeypatch.setattr(remembering, "attach", lambda model: attached.append(kvloom.attach(model)) or attached[-1])
     model = tiny_model("llama")
-    inputs = padded(model, 5)
+    inputs = left_padded(model, 5)
     first = kvloom.generate(model, **inputs, max_new_tokens=3)
     assert kvloom.generate(model, **inputs, max_new_tokens=3).tolist() == first.tolist()
     assert len(attached) == 1
@@ -445,7 +435,7 @@ def test_a_model_is_attached_once_and_forgotten_with_the_model(monkeypatch: pyte
 
 def test_copies_and_pickles_of_a_model_remember_nothing() -> None:
     model = tiny_model("gpt2")
-    inputs = padded(model, 5)
+    inputs = left_padded(model, 5)
     kvloom.generate(model, **inputs, max_new_tokens=2)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with torch.no_grad():
@@ -456,7 +446,7 @@ def test_copies_and_pickles_of_a_model_remember_nothing() -> None:
 
 def test_a_model_that_has_changed_its_dtype_is_attached_again() -> None:
     model = tiny_model("llama")
-    inputs = padded(model, 5)
+    inputs = left_padded(model, 5)
     kvloom.generate(model, **inputs, max_new_tokens=2)
     model.double()
     assert kvloom.generate(model, **inputs).tolist() == model.generate(**inputs).tolist()
@@ -489,7 +479,7 @@ def test_a_conversation_passed_as_a_whole_computes_its_new_tokens_only() -> None
     lm = kvloom.attach(model_named("llama"))
     computed: list[int] = []
     lm.engine.listeners.append(lambda event: computed.append(getattr(event, "prompt_tokens", 0)))
-    first = kvloom.generate(lm, padded(lm.binding.model, 40)["input_ids"], max_new_tokens=24)
+    first = kvloom.generate(lm, left_padded(lm.binding.model, 40)["input_ids"], max_new_tokens=24)
     computed.clear()
     kvloom.generate(lm, torch.cat([first, torch.tensor([[5, 6, 7]])], dim=1), max_new_tokens=4)
     # 67 tokens, of which the full blocks of the 63 that were run are known.
@@ -499,5 +489,5 @@ def test_a_conversation_passed_as_a_whole_computes_its_new_tokens_only() -> None
 def test_nothing_is_held_after_a_call() -> None:
     lm = kvloom.attach(model_named("llama"))
     for options in ({}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}):
-        kvloom.generate(lm, **padded(lm.binding.model, 20, 30), max_new_tokens=20, **options)
+        kvloom.generate(lm, **left_padded(lm.binding.model, 20, 30), max_new_tokens=20, **options)
     assert available_blocks(lm.engine.cache) == lm.engine.cache.blocks

@@ -17,7 +17,7 @@ import kvloom
 import tiny
 from kvloom import Generation, InvalidRequest, LanguageModel
 from kvloom.errors import UnsupportedOption
-from tiny import random_ids, tiny_model
+from tiny import left_padded, random_ids, tiny_model
 from tiny_vision import QWEN, Picture, prompt, tiny_vision_model
 
 TOLERANCE = 1e-4
@@ -275,15 +275,6 @@ def test_what_a_model_shows_otherwise_is_refused_by_name(family: str, option: st
 # ---- the drop-in -------------------------------------------------------------------------------------------------
 
 
-def padded(model: PreTrainedModel, *lengths: int) -> dict[str, Tensor]:
-    prompts = [[token or 1 for token in random_ids(model, tokens=n, seed=n)] for n in lengths]
-    width = max(lengths)
-    return {
-        "input_ids": torch.tensor([[PAD] * (width - len(own)) + own for own in prompts]),
-        "attention_mask": torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in prompts]),
-    }
-
-
 def assert_shown_as_by_transformers(theirs: Any, ours: Any, pads: list[int], live: list[list[bool]]) -> None:
     """The same structure and values; zeros for padding, and where a row is not live. `live`: [steps][rows]."""
     assert type(ours) is type(theirs)
@@ -308,7 +299,7 @@ def assert_shown_as_by_transformers(theirs: Any, ours: Any, pads: list[int], liv
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2}, {"use_cache": False}], ids=str)
 def test_a_padded_batch_shows_what_transformers_shows(family: str, options: dict[str, Any]) -> None:
     model = model_named(family)
-    inputs = padded(model, 12, 5)
+    inputs = left_padded(model, 12, 5)
     call = {**inputs, "max_new_tokens": NEW_TOKENS, **AS_DICT, **options}
     theirs, ours = model.generate(**call), kvloom.generate(attached(family), **call)
     beams = options.get("num_beams", 1)
@@ -317,7 +308,7 @@ def test_a_padded_batch_shows_what_transformers_shows(family: str, options: dict
 
 def test_rows_that_have_ended_are_zeros() -> None:
     model = model_named("llama")
-    inputs = padded(model, 9, 5)
+    inputs = left_padded(model, 9, 5)
     free = model.generate(**inputs, max_new_tokens=NEW_TOKENS)[:, 9:].tolist()
     length = next(n for n in range(1, NEW_TOKENS) if free[0][n - 1] not in (*free[0][: n - 1], *free[1]))
     call = {**inputs, "max_new_tokens": NEW_TOKENS, "eos_token_id": free[0][length - 1], **AS_DICT}
@@ -327,7 +318,7 @@ def test_rows_that_have_ended_are_zeros() -> None:
 
 def test_beams_of_a_search_that_has_ended_before_the_others_are_zeros() -> None:
     model = model_named("llama")
-    inputs = padded(model, 9, 5, 7)
+    inputs = left_padded(model, 9, 5, 7)
     sequences = model.generate(**inputs, max_new_tokens=8, num_beams=4, num_return_sequences=4)
     ends = sequences[:, 9:].flatten().bincount().topk(8).indices.tolist()
     call = {"max_new_tokens": 8, "num_beams": 2, "early_stopping": True, "eos_token_id": ends, **AS_DICT}
@@ -354,4 +345,4 @@ def test_a_call_that_continues_a_cache_shows_the_new_rows() -> None:
 
 def test_without_a_dict_nothing_is_shown() -> None:
     model = model_named("llama")
-    assert isinstance(kvloom.generate(attached("llama"), **padded(model, 4), max_new_tokens=2, **LOOK), Tensor)
+    assert isinstance(kvloom.generate(attached("llama"), **left_padded(model, 4), max_new_tokens=2, **LOOK), Tensor)

@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
-from attention_bench import HEADS, REACHES, TOLERANCE, Bench, Heads, Sequence, Step
+from attention_bench import HEADS, REACHES, TOLERANCE, Bench, Heads, Sequence, Step, draw_step
 from kvloom.attention import build_plan, reference, torch_ops
 from kvloom.attention.native import NativeAttention
 from kvloom.cache import Reach
@@ -89,19 +89,7 @@ def test_whatever_the_schedule_a_row_gives_what_the_reference_gives_and_the_bits
     live = [bench.open()]
     with Threads(threads):
         for _ in range(data.draw(st.integers(2, 5))):
-            kind = data.draw(st.sampled_from(["ragged", "decode", "fork", "truncate"]))
-            if kind == "fork":
-                parent = data.draw(st.sampled_from(live))
-                live += [bench.fork(parent) for _ in range(data.draw(st.integers(1, 4)))]
-            if kind == "truncate":
-                sequence = data.draw(st.sampled_from(live))
-                tokens = data.draw(st.integers(0, sequence.cached.tokens))
-                if bench.cache.can_truncate(sequence.cached, tokens):
-                    bench.truncate(sequence, tokens)
-            if kind == "ragged":
-                live.append(bench.open())
-            counts = st.just(1) if kind in ("decode", "fork") else st.sampled_from([1, 2, 18, 70])
-            step = bench.step(*((sequence, data.draw(counts)) for sequence in data.draw(st.permutations(live))))
+            step = draw_step(data, bench, live, [1, 2, 18, 70])
             output = bench.attend(kernels.attend, step)
             torch.testing.assert_close(output, bench.attend(reference.attend, step), **TOLERANCE[dtype])
             check_bits(bench, kernels, step, output)

@@ -114,7 +114,7 @@ def test_without_matplotlib_the_plot_is_refused_with_the_remedy(
         (["--budget", "2KiB"], "`--budget 2,048` is below one block"),
         (["--budget", "many"], "'many' is not a size"),
         (["--num-beams", "2", "--num-return-sequences", "3"], "`--num-return-sequences 3` exceeds `--num-beams 2`"),
-        (["--codec", "int4"], "`--codec int4` does not exist: keys and values are kept as native or int8"),
+        (["--codec", "int4"], "`--codec int4` does not exist. Pass 'native' or 'int8'"),
         (["--retention", "sinks"], "'sinks' is not one of 'sink-window'"),
         (["--prompt-tokens", "300"], "the model's context of 256 leaves no room"),
         (["--dtype", "int8"], "`--dtype int8` is not a floating-point dtype"),

@@ -61,7 +61,7 @@ def test_lowered_instructions_are_said_to_be(kernels: Library) -> None:
 
 def test_a_value_of_the_variable_that_means_nothing_is_one_line_and_wrong_use() -> None:
     result = run(KVLOOM_NATIVE="quick")
-    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and "it can be 0, 1, native" in result.stderr
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and "set it to 0, 1, native" in result.stderr
 
 
 def test_operations_of_a_model_that_are_not_native_are_named(tmp_path: Path) -> None:

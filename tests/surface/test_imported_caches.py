@@ -109,7 +109,7 @@ def test_a_cache_that_does_not_fit_the_model_is_refused_and_nothing_is_held() ->
     for cache in bad:
         with pytest.raises(InvalidRequest):
             lm.import_cache(token_ids, cache)
-    with pytest.raises(InvalidRequest, match="the cache holds 9 tokens; 4 token ids"):
+    with pytest.raises(InvalidRequest, match="the cache holds 9 tokens, and 4 token ids"):
         lm.import_cache(token_ids[:4], pairs)
     with pytest.raises(InvalidRequest, match="no cache can be imported"):
         kvloom.attach(tiny_model("phi3_longrope")).import_cache(token_ids, pairs)

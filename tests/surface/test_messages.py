@@ -164,7 +164,7 @@ def test_messages_of_a_wrong_form_are_refused_in_one_sentence(lm: LanguageModel,
     broken.write_bytes(b"no image")
     for content, message in (
         ([{"type": "image"}], "block of message 1 shows nothing"),
-        ([{"type": "audio", "audio": "a.wav"}], "type 'audio'; there are text, image and video"),
+        ([{"type": "audio", "audio": "a.wav"}], "type 'audio'. Pass text, image or video"),
         (3, "neither text nor a list of blocks"),
         ([{"type": "image", "path": "nowhere.png"}], "image 1 cannot be read: there is no file `nowhere.png`"),
         ([{"type": "image", "path": broken}], "is no image, or a damaged one"),
@@ -226,7 +226,7 @@ def test_the_command_shows_images(folder: Path, processor: ProcessorMixin, photo
     refused = run("--image", photos[0], "What is this?")
     assert refused.exit_code == 2 and "takes no images" in refused.stderr
     refused = run("--image", photos[0], "--token-ids", "1 2 3")
-    assert refused.exit_code == 2 and "does not go with `--token-ids`" in refused.stderr
+    assert refused.exit_code == 2 and "`--token-ids` has no text" in refused.stderr
     frames = tmp_path / "frames"
     frames.mkdir()
     for number, photo in ((2, photos[0]), (10, photos[1])):

@@ -184,7 +184,7 @@ def test_the_command_streams_under_a_policy() -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--window-tokens", "8"], "`--window-tokens` needs a `--retention` policy"),
+        (["--window-tokens", "8"], "`--window-tokens` is a setting of a policy. Name the policy with `--retention`"),
         (["--retention", "sink-windows"], "'sink-window'"),
         (
             ["--retention", "last-query", "--sink-tokens", "2"],

@@ -525,7 +525,7 @@ def test_the_command_takes_token_ids_and_does_without_the_cache(run: Any, demo: 
         ([PROMPT, "--file", "latin1.txt"], "`latin1.txt` is not UTF-8 text"),
         ([PROMPT, "--file", "missing.txt"], "'missing.txt' does not exist"),
         ([PROMPT + " ", "-c", "girl"], "Take the space from the end of the prompt"),
-        (["5 6", "-c", "x", "--token-ids"], "`x` is not a token id; with --token-ids a continuation is integers."),
+        (["5 6", "-c", "x", "--token-ids"], "`x` is not a token id, and with --token-ids a continuation is integers."),
         (["5 6", "-c", "0", "--token-ids", "--normalize", "bytes"], "`--normalize bytes` cannot divide"),
         ([PROMPT, "-c", " a", "--normalize", "words"], "'words' is not one of 'none', 'tokens', 'bytes'"),
         (["", "-c", " a"], "the prompt is empty"),

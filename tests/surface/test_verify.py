@@ -27,7 +27,8 @@ from kvloom.engine import Engine
 from kvloom.errors import InvalidRequest, InvalidTokens, NumericalError, PromptTooLong
 from kvloom.native import Library, native
 from kvloom.verify import Report
-from kvloom.verify.compare import Decoded, compare_sequences, worst
+from kvloom.verify.compare import Decoded, compare_sequences
+from kvloom.verify.differences import worst
 
 CHECKS = [
     ("greedy", "uncached", "cached"),

@@ -170,7 +170,7 @@ def test_the_environment_lowers_the_instructions(target: str, monkeypatch: pytes
 
 def test_a_value_that_means_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVLOOM_NATIVE", "fast")
-    with pytest.raises(InvalidRequest, match="it can be 0, 1, native"):
+    with pytest.raises(InvalidRequest, match="set it to 0, 1, native"):
         native()
 
 

@@ -16,11 +16,11 @@ def target_of(path: str | os.PathLike[str]) -> Path:
     """The file to be replaced: where a link points, not the link."""
     target = Path(path).expanduser().resolve()
     if not target.parent.is_dir():
-        raise InvalidRequest(f"there is no folder `{target.parent}` to save a snapshot in.")
+        raise InvalidRequest(f"there is no folder `{target.parent}` to save a snapshot in. Make it, or name another.")
     if target.is_dir():
-        raise InvalidRequest(f"`{target}` is a folder. A snapshot is a file.")
+        raise InvalidRequest(f"`{target}` is a folder, and a snapshot is a file. Name a file in it.")
     if target.exists() and not target.is_file():
-        raise InvalidRequest(f"`{target}` is no regular file, so a snapshot cannot take its place.")
+        raise InvalidRequest(f"`{target}` is no regular file, so a snapshot cannot take its place. Name another.")
     return target
 
 

@@ -29,7 +29,7 @@ LARGEST_CODE = 127
 def check_codec(codec: object) -> Codec:
     """`codec` if it is one. Raises `InvalidRequest`."""
     if codec not in CODECS:
-        raise InvalidRequest(f"`codec={codec}` does not exist: keys and values are kept as {' or '.join(CODECS)}.")
+        raise InvalidRequest(f"`codec={codec}` does not exist. Pass {' or '.join(map(repr, CODECS))}.")
     return codec  # type: ignore[return-value]
 
 

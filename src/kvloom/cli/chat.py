@@ -193,7 +193,7 @@ class _Chat:
 
     def _image(self, name: str) -> None:
         if not name:
-            raise InvalidRequest("/image needs the name of a file.")
+            raise InvalidRequest("/image needs the name of a file: /image FILE.")
         self.show(name)
         count = len(self._shown)
         note(f"{count} image{'' if count == 1 else 's'} will be shown with what you say next.")
@@ -217,7 +217,7 @@ class _Chat:
                 click.echo(f"{here} {own}: {_turns(conversation)}, {conversation.tokens:,} tokens", err=True)
             return
         if name not in self._branches:
-            raise InvalidRequest(f"there is no branch `{name}`; there are {', '.join(self._branches)}.")
+            raise InvalidRequest(f"there is no branch `{name}`. Switch to one of {', '.join(self._branches)}.")
         self._branch = name
         note(f"in `{name}` now: {_turns(self._now)}.")
 
@@ -226,7 +226,7 @@ class _Chat:
         try:
             self._now.save(file)
         except OSError as error:
-            raise InvalidRequest(f"`{file}` cannot be written: {error.strerror}.") from error
+            raise InvalidRequest(f"`{file}` cannot be written: {error.strerror}. Name another file.") from error
         note(f"saved {_turns(self._now)} in {file}.")
 
     def _load(self, name: str) -> None:
@@ -243,7 +243,7 @@ def _turns(conversation: Conversation) -> str:
 
 def _file(name: str, command: str) -> Path:
     if not name:
-        raise InvalidRequest(f"{command} needs the name of a file.")
+        raise InvalidRequest(f"{command} needs the name of a file: {command} FILE.")
     return Path(name).expanduser()
 
 

@@ -71,7 +71,7 @@ def explain(
     kvloom explain "The old king had three sons" --lang zh --plot attention.png
     """
     if not page.parent.is_dir():
-        raise InvalidRequest(f"`--html {page}`: there is no folder `{page.parent}`.")
+        raise InvalidRequest(f"`--html {page}`: there is no folder `{page.parent}`. Make it, or name another.")
     if plot is not None:
         refuse_unless_plottable(plot)
     lm = load_model(quiet=quiet, **settings)

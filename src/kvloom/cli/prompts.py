@@ -19,7 +19,7 @@ def read_prompt(prompt: str | None, *, example: str) -> str:
         try:
             prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n").removesuffix("\r")
         except UnicodeDecodeError as error:
-            raise InvalidRequest(f"the prompt on standard input is not UTF-8 text: {error}.") from error
+            raise InvalidRequest(f"the prompt on standard input is not UTF-8 text: {error}. Convert it.") from error
     prompt = as_text(prompt)
     if not prompt:
         raise EmptyPrompt("the prompt is empty. Pass some text, or token ids with --token-ids.")
@@ -31,7 +31,7 @@ def as_text(argument: str, *, what: str = "the prompt") -> str:
     try:
         return os.fsencode(argument).decode() if _is_undecoded(argument) else argument
     except UnicodeError as error:
-        raise InvalidRequest(f"{what} is not UTF-8 text: {error}.") from error
+        raise InvalidRequest(f"{what} is not UTF-8 text: {error}. Convert it.") from error
 
 
 def _is_undecoded(text: str) -> bool:
@@ -44,7 +44,9 @@ def read_ids(text: str, *, what: str = "the prompt") -> list[int]:
     words = text.replace(",", " ").split()
     wrong = next((word for word in words if not word.lstrip("-").isdecimal()), None)
     if wrong is not None:
-        raise InvalidRequest(f"`{wrong}` is not a token id; with --token-ids {what} is integers.")
+        raise InvalidRequest(
+            f"`{wrong}` is not a token id, and with --token-ids {what} is integers. Leave --token-ids out to pass text."
+        )
     if not words:
         raise EmptyPrompt(f"{what} holds no token ids. Pass at least one.")
     return [int(word) for word in words]

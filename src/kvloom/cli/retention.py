@@ -93,11 +93,13 @@ def read_retention(options: dict[str, Any]) -> Retention | None:
     given = {name: value for name, value in given.items() if value is not None and value != ()}
     if chosen is None:
         if given:
-            raise click.UsageError(f"`{_flag(next(iter(given)))}` needs a `--retention` policy.")
+            raise click.UsageError(
+                f"`{_flag(next(iter(given)))}` is a setting of a policy. Name the policy with `--retention`."
+            )
         return None
     name, known = POLICIES[chosen]
     for setting in given.keys() - set(known):
-        raise click.UsageError(f"`{_flag(setting)}` is not a setting of `--retention {chosen}`.")
+        raise click.UsageError(f"`{_flag(setting)}` is not a setting of `--retention {chosen}`. Leave it out.")
     from kvloom.cache import retention
 
     policy: Retention = getattr(retention, name)(**given)

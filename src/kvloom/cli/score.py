@@ -116,11 +116,13 @@ def _lines(file: Path) -> list[str]:
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise InvalidRequest(f"`{file}` is not UTF-8 text: {error}.") from error
+        raise InvalidRequest(f"`{file}` is not UTF-8 text: {error}. Convert it.") from error
     lines = text.removesuffix("\n").split("\n")
     empty = next((number for number, line in enumerate(lines, start=1) if not line), None)
     if empty is not None:
-        raise InvalidRequest(f"line {empty} of `{file}` is empty. A continuation has at least one character.")
+        raise InvalidRequest(
+            f"line {empty} of `{file}` is empty, and a continuation has at least one character. Take the line out."
+        )
     return lines
 
 

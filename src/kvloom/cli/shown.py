@@ -30,10 +30,12 @@ def frames_in(folder: str) -> list[Path]:
     """The images of a folder in the order of their names, in which numbers count as numbers."""
     found = Path(folder).expanduser()
     if not found.is_dir():
-        raise InvalidRequest(f"there is no folder `{folder}`. Frames are the images of a folder.")
+        raise InvalidRequest(f"there is no folder `{folder}`. Name one that holds the frames as images.")
     frames = [path for path in found.iterdir() if path.suffix.lower() in FRAMES]
     if not frames:
-        raise InvalidRequest(f"the folder `{folder}` holds no images ({', '.join(FRAMES)}).")
+        raise InvalidRequest(
+            f"the folder `{folder}` holds no images. Put frames into it that end with {', '.join(FRAMES)}."
+        )
     return sorted(frames, key=_by_number)
 
 

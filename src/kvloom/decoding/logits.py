@@ -99,7 +99,9 @@ def _require_processors(custom: Iterable[Processor] | None) -> None:
     if custom is None:
         return
     if not isinstance(custom, list | tuple) or not all(callable(processor) for processor in custom):
-        raise InvalidRequest(f"`logits_processor` must be a list of callables, but is {custom!r}.")
+        raise InvalidRequest(
+            f"`logits_processor` must be a list of callables, but is {custom!r}. Put a single one into a list."
+        )
 
 
 def _penalties(

@@ -138,7 +138,9 @@ def _require_criteria(custom: Iterable[Criterion] | None, max_length: int) -> No
     if custom is None:
         return
     if not isinstance(custom, list | tuple) or not all(callable(criterion) for criterion in custom):
-        raise InvalidRequest(f"`stopping_criteria` must be a list of callables, but is {custom!r}.")
+        raise InvalidRequest(
+            f"`stopping_criteria` must be a list of callables, but is {custom!r}. Put a single one into a list."
+        )
     for criterion in custom:
         if isinstance(criterion, hf.MaxLengthCriteria) and criterion.max_length > max_length:
             raise InvalidRequest(
@@ -152,6 +154,7 @@ def _as_rows(answer: Any, rows: Tensor) -> Tensor:
     answers: Tensor = torch.as_tensor(answer, dtype=torch.bool, device=rows.device).reshape(-1)
     if answers.numel() not in (1, rows.numel()):
         raise InvalidRequest(
-            f"a stopping criterion answered for {answers.numel()} sequences; there are {rows.numel()}."
+            f"a stopping criterion answered for {answers.numel()} sequences; there are {rows.numel()}. "
+            "Return one answer for each row of `input_ids`."
         )
     return answers.expand_as(rows)

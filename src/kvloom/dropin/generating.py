@@ -120,14 +120,17 @@ def _without_model_inputs(arguments: dict[str, Any], lm: LanguageModel) -> dict[
     for name in KVLOOM_ONLY:
         if name in arguments:
             raise UnsupportedOption(
-                f"`{name}` is not supported: this model's `generate` has no such argument, a LanguageModel has."
+                f"`{name}` is not supported: this model's `generate` has no such argument. Attach the model, and "
+                "pass it to LanguageModel.generate."
             )
     forward = getattr(getattr(lm.binding, "model", None), "forward", None)
     inputs = {} if forward is None else inspect.signature(forward).parameters
     for name in inputs.keys() & arguments.keys() - CHECKS.keys() - REFUSED.keys():
         if arguments.pop(name) is not None:
             taken = ", ".join(f"`{own}`" for own in input_names(lm.binding))
-            raise UnsupportedOption(f"`{name}` is not supported: of the model's inputs {taken} are taken.")
+            raise UnsupportedOption(
+                f"`{name}` is not supported: of the model's inputs {taken} are taken. Leave it out."
+            )
     return arguments
 
 
@@ -136,7 +139,8 @@ def _refuse_looking_inside(options: Options, lm: LanguageModel) -> None:
     for name in ("output_attentions", "output_hidden_states"):
         if lm.binding.encoder is not None and getattr(options, name):
             raise UnsupportedOption(
-                f"`{name}` is not supported for encoder-decoder models. LanguageModel.generate shows the decoder's."
+                f"`{name}` is not supported for encoder-decoder models. Attach the model: LanguageModel.generate "
+                "shows the decoder's."
             )
 
 
@@ -193,7 +197,9 @@ def _run(lm: LanguageModel, batch: Batch, requests: list[Request], streamer: Any
         lm.engine.run(requests)
         return [own for request in requests for own in lm.calls.results(request)]
     if len(requests) > 1 or requests[0].max_rows > 1:
-        raise UnsupportedOption("`streamer` is not supported for beams or several sequences: it takes a single one.")
+        raise UnsupportedOption(
+            "`streamer` is not supported for beams or several sequences: it takes a single one. Leave it out."
+        )
     with Stream(lm.engine, None, lm.calls, requests[0]) as pieces:
         streamer.put(batch.padded.cpu())
         for piece in pieces:

@@ -163,12 +163,12 @@ class Contexts:
         with self._guard.working(new=True):
             origin, beside = self._origin(), beside_of(source, media)
             if holding is not None and is_current(holding, self._binding):
-                self._kept.rows.save(holding, token_ids, path, origin, beside, retention)
+                self._kept.transfers.save(holding, token_ids, path, origin, beside, retention)
                 return
             settled = self._settled(retention, len(token_ids))
             _, computed = self.compute(list(token_ids), source=source, media=media, retention=settled)
             try:
-                self._kept.rows.save(computed, token_ids, path, origin, beside, retention)
+                self._kept.transfers.save(computed, token_ids, path, origin, beside, retention)
             finally:
                 self._kept.holdings.release(computed)
 
@@ -186,7 +186,7 @@ class Contexts:
                 self._settled(snapshot.retention, len(snapshot.token_ids))
                 placements = snapshot.placements(self._kept.cache.layout)
                 self._refuse_unless_held(placements, f"a snapshot of {len(snapshot.token_ids):,} tokens")
-                return self._kept.rows.restore(snapshot, placements)
+                return self._kept.transfers.restore(snapshot, placements)
 
     def _settled(self, retention: Retention | None, tokens: int) -> Retention | None:
         """The policy as a context of so many tokens applies it."""
@@ -196,9 +196,9 @@ class Contexts:
     def adopt(self, token_ids: list[int], pairs: Sequence[Pair]) -> Holding:
         """A claimed holding of keys and values that were computed elsewhere; see `foreign.read_pairs`."""
         with self._guard.working(new=True):
-            placements = self._kept.rows.placements_needed(pairs[0][0].shape[1])
+            placements = self._kept.transfers.placements_needed(pairs[0][0].shape[1])
             self._refuse_unless_held(placements, f"a cache for {len(token_ids):,} tokens")
-            return self._kept.rows.adopt(token_ids, pairs, placements)
+            return self._kept.transfers.adopt(token_ids, pairs, placements)
 
     def _refuse_unless_held(self, placements: Sequence[Placement], what: str) -> None:
         """Raise `CacheFull` if a context from elsewhere does not fit."""

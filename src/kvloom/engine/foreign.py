@@ -23,7 +23,9 @@ def read_pairs(past_key_values: Any, layout: CacheLayout) -> list[Pair]:
     """
     found = _pairs(past_key_values)
     if len(found) != len(layout.layers):
-        raise InvalidRequest(f"the cache has {len(found)} layers; the model has {len(layout.layers)}.")
+        raise InvalidRequest(
+            f"the cache has {len(found)} layers; the model has {len(layout.layers)}. Pass a cache that it has filled."
+        )
     tokens = found[0][0].shape[-2]
     for layer, ((keys, values), shape) in enumerate(zip(found, layout.layers, strict=True)):
         expected = [(1, shape.kv_heads, tokens, shape.key_dim), (1, shape.kv_heads, tokens, shape.value_dim)]
@@ -33,7 +35,10 @@ def read_pairs(past_key_values: Any, layout: CacheLayout) -> list[Pair]:
                 f"needs {list(expected[0])} and {list(expected[1])}: a batch of one, and the same tokens in each layer."
             )
         if keys.dtype != layout.dtype or values.dtype != layout.dtype:
-            raise InvalidRequest(f"layer {layer} of the cache holds {keys.dtype}; this model keeps {layout.dtype}.")
+            raise InvalidRequest(
+                f"layer {layer} of the cache holds {keys.dtype}; this model keeps {layout.dtype}. "
+                "Convert its keys and values."
+            )
     return [(keys[0], values[0]) for keys, values in found]
 
 
@@ -45,7 +50,7 @@ def gathered(cache: KVCache, cached: CachedSequence | None, layer: int, first: i
     if cached is None:
         raise InvalidRequest("the cache holds nothing of this context. Prefill its token_ids again.")
     if not 0 <= layer < len(cache.layout.layers):
-        raise InvalidRequest(f"there is no layer {layer}; the model has 0 to {len(cache.layout.layers) - 1}.")
+        raise InvalidRequest(f"there is no layer {layer}. Pass 0 to {len(cache.layout.layers) - 1}.")
     if not isinstance(cache.store, Store):
         raise InvalidRequest("an int8 cache holds codes. Attach with `codec='native'` to read keys and values.")
     table = cached.tables[cache.layout.group_of_layer[layer]]

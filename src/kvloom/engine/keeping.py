@@ -9,6 +9,7 @@ from kvloom.engine.admission import Admission
 from kvloom.engine.holding import Holdings
 from kvloom.engine.planner import default_budget_bytes, longest_kept
 from kvloom.engine.rows import CachedRows
+from kvloom.engine.transfers import Transfers
 from kvloom.models import Binding
 
 
@@ -21,22 +22,26 @@ class Keeping:
         holdings: tables that outlive their request.
         admission: who may start.
         rows: sequences that are open, or run.
+        transfers: of tables from and to elsewhere.
     """
 
     cache: KVCache
     holdings: Holdings
     admission: Admission
     rows: CachedRows
+    transfers: Transfers
 
     @classmethod
     def on(cls, cache: KVCache, binding: Binding, *, step_tokens: int) -> Keeping:
         """All of it, on one cache."""
         holdings = Holdings(cache)
+        rows = CachedRows(binding, cache, holdings)
         return cls(
             cache,
             holdings,
             Admission(cache, holdings, binding, step_tokens=step_tokens),
-            CachedRows(binding, cache, holdings),
+            rows,
+            Transfers(binding, cache, rows),
         )
 
 

@@ -28,10 +28,12 @@ def settle(
     """
     name = type(policy).__name__
     if layout is None:
-        raise InvalidRequest(f"{name} cannot be honoured: the model does not show its attention and keeps no cache.")
+        raise InvalidRequest(
+            f"{name} cannot be honoured: the model does not show its attention and keeps no cache. Leave it away."
+        )
     if not binding.shows_attention:
         why = "decodes from a source" if binding.encoder is not None else "computes its attention itself"
-        raise InvalidRequest(f"{name} cannot be honoured: the model {why}, so it is handed every token.")
+        raise InvalidRequest(f"{name} cannot be honoured: the model {why}, so it is handed every token. Leave it away.")
     if not any(group.reach.unlimited for group in layout.groups):
         reaches = " and ".join(str(group.reach) for group in layout.groups)
         raise InvalidRequest(f"{name} has nothing to do: every layer has a {reaches} of its own. Leave it away.")

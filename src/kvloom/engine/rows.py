@@ -6,28 +6,22 @@ that work by hand on contexts, are built on it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kvloom.attention import build_plan
 from kvloom.blocks import Mark, PoolExhausted
-from kvloom.cache import CachedSequence, Extension, KVCache, Store, adopt_source, place_source, remember_source
-from kvloom.cache.placement import Placement
+from kvloom.cache import CachedSequence, Extension, KVCache, adopt_source, place_source, remember_source
 from kvloom.cache.retention import Retention
-from kvloom.cache.snapshot import Beside, Origin, SnapshotReader, as_regime, write_snapshot
-from kvloom.engine.foreign import Pair
-from kvloom.engine.holding import Holding, Holdings, Restored
+from kvloom.engine.holding import Holding, Holdings
 from kvloom.engine.looking import note_views
 from kvloom.engine.request import Row
 from kvloom.engine.retaining import begin, retain
-from kvloom.errors import CacheFull, InvalidRequest
+from kvloom.errors import CacheFull
 from kvloom.models import Binding, Media, Source
-from kvloom.models.beside import read_beside
 from kvloom.models.binding import Regime
 
 Taken = TypeVar("Taken")
@@ -75,7 +69,7 @@ class CachedRows:
         self, row: Row, context: Holding | None, logits_of: int, retention: Retention | None
     ) -> CachedSequence | None:
         """A fork of a context's tables; None if they cannot serve."""
-        if context is None or context.cached is None or context.cached.key != self._key(row.regime, row.source):
+        if context is None or context.cached is None or context.cached.key != self.key(row.regime, row.source):
             return None
         begins = retention if context.cached.retained is None else None
         reusable = _reusable(len(row.token_ids), logits_of, begins)
@@ -140,93 +134,6 @@ class CachedRows:
         self.remember(row)
         return torch.cat(parts)
 
-    def save(
-        self,
-        holding: Holding,
-        token_ids: Sequence[int],
-        path: str | os.PathLike[str],
-        origin: Origin,
-        beside: Beside,
-        retention: Retention | None,
-    ) -> None:
-        """Write a holding's tables and what they hold into a file, with what the sequence stands on besides.
-
-        Args:
-            retention: the policy that the context is under.
-        """
-        assert holding.cached is not None, "only tables can be saved"
-        if holding.cached.foreign:
-            raise InvalidRequest("a context that began with an imported cache cannot be saved. Prefill its token_ids.")
-        write_snapshot(
-            path,
-            self._cache,
-            holding.cached,
-            token_ids=token_ids,
-            regime=as_regime(holding.regime),
-            origin=origin,
-            beside=beside,
-            retention=retention,
-        )
-
-    def restore(self, snapshot: SnapshotReader, placements: Sequence[Placement]) -> Restored:
-        """What a snapshot holds, in blocks of its own; the full ones, and its source, can be found again."""
-        cached = self._with_room(lambda: self._cache.place(placements, tokens=snapshot.tokens))
-        row = Row(snapshot.token_ids, cached, snapshot.regime)
-        try:
-            cached.retained = snapshot.retained(placements, self._cache.layout, self._binding.max_tokens)
-            snapshot.load(self._cache, cached)
-            row.source, row.media = self._read_beside(snapshot, placements)
-            cached.key = self._key(row.regime, row.source)
-            if row.source is not None:
-                remember_source(self._cache, cached, self._binding.fingerprint() + row.source.key)
-            self.remember(row)
-        except BaseException:
-            self.close(row)
-            raise
-        return Restored(row.token_ids, self.hold(row, claimed=True), row.source, row.media, snapshot.retention)
-
-    def _read_beside(
-        self, snapshot: SnapshotReader, placements: Sequence[Placement]
-    ) -> tuple[Source | None, Media | None]:
-        """The source and the images of a snapshot, whose digest is right."""
-        try:
-            source, media = read_beside(snapshot.beside, tokens=len(snapshot.token_ids))
-        except (ValueError, KeyError, TypeError) as error:
-            raise snapshot.corrupt(f"it holds {error}") from error
-        held = int(placements[-1].runs[:, 1].sum()) if self._binding.encoder is not None else 0
-        if held != (0 if source is None else source.tokens):
-            raise snapshot.corrupt("it holds another source than its keys and values are of")
-        return source, media
-
-    def placements_needed(self, tokens: int) -> list[Placement]:
-        """For each layer group, where the tokens lie that a sequence of `tokens` tokens must hold to go on."""
-        layout = self._cache.layout
-        firsts = [group.reach.first_needed(tokens) for group in layout.groups]
-        return [
-            Placement.of_positions(np.arange(first, tokens, dtype=np.int64), layout.block_tokens) for first in firsts
-        ]
-
-    def adopt(self, token_ids: list[int], pairs: Sequence[Pair], placements: Sequence[Placement]) -> Holding:
-        """A claimed holding of keys and values that were computed elsewhere, each [kv_heads, tokens, dim]."""
-        store, tokens, device = self._cache.store, pairs[0][0].shape[1], self._binding.device
-        if not isinstance(store, Store):
-            raise InvalidRequest("an int8 cache takes over no keys and values. Attach with `codec='native'`.")
-        regime = self._binding.regime(tokens)
-        key = self._key(regime)
-        cached = self._with_room(lambda: self._cache.place(placements, tokens=tokens, extra_key=key))
-        cached.foreign = True
-        row = Row(token_ids, cached, regime)
-        try:
-            for layer, group in enumerate(self._cache.layout.group_of_layer):
-                table = cached.tables[group]
-                held, slots = torch.from_numpy(table.positions()), torch.from_numpy(table.slots()).to(device)
-                keys, values = (part.index_select(1, held.to(part.device)).to(device) for part in pairs[layer])
-                store.write(layer, slots, keys, values)
-        except BaseException:
-            self.close(row)
-            raise
-        return self.hold(row, claimed=True)
-
     def forward(
         self,
         work: Sequence[tuple[Row, int]],
@@ -278,9 +185,9 @@ class CachedRows:
 
     def _extend(self, work: Sequence[tuple[Row, int]]) -> Extension:
         requests = [(row.cached, count) for row, count in work if row.cached is not None]
-        return self._with_room(lambda: self._cache.extend(requests))
+        return self.with_room(lambda: self._cache.extend(requests))
 
-    def _with_room(self, take: Callable[[], Taken]) -> Taken:
+    def with_room(self, take: Callable[[], Taken]) -> Taken:
         """Do something that takes blocks, giving up unclaimed tables until there are enough."""
         while True:
             try:
@@ -291,7 +198,7 @@ class CachedRows:
 
     def _open_tables(self, row: Row, token_ids: list[int]) -> None:
         """Give a row tables that hold the longest known prefix of `token_ids`, and its source."""
-        row.cached = self._cache.open(token_ids, extra_key=self._key(row.regime, row.source), marks=_marks(row))
+        row.cached = self._cache.open(token_ids, extra_key=self.key(row.regime, row.source), marks=_marks(row))
         if row.source is not None:
             try:
                 row.encoded += self._encode(row.cached, row.source)
@@ -304,12 +211,12 @@ class CachedRows:
         key = self._binding.fingerprint() + source.key
         if adopt_source(self._cache, cached, key, source.tokens):
             return 0
-        slots = self._with_room(lambda: place_source(self._cache, cached, source.tokens))
+        slots = self.with_room(lambda: place_source(self._cache, cached, source.tokens))
         self._binding.encode(source, self._cache.store, torch.from_numpy(slots).to(self._binding.device))
         remember_source(self._cache, cached, key)
         return source.tokens
 
-    def _key(self, regime: Regime, source: Source | None = None) -> bytes:
+    def key(self, regime: Regime, source: Source | None = None) -> bytes:
         """What keys and values that are computed now depend on besides tokens."""
         from_source = b"" if source is None else source.key
         return self._binding.fingerprint() + repr((regime, self._cache.layout.codec)).encode() + from_source

@@ -88,7 +88,10 @@ def observe(
         raise UnsupportedModel("what is shown is the attention of causal models; this one decodes from a source.")
     token_ids = read_prompt(text, lm.tokenizer, vocab_size=lm.vocab_size)
     if not FEWEST <= len(token_ids) <= MOST:
-        raise InvalidRequest(f"a picture needs {FEWEST} to {MOST} tokens, and the text has {len(token_ids)}.")
+        remedy = "Lengthen" if len(token_ids) < FEWEST else "Shorten"
+        raise InvalidRequest(
+            f"a picture needs {FEWEST} to {MOST} tokens, and the text has {len(token_ids)}. {remedy} it."
+        )
     whole = torch.tensor(token_ids)
     seen, shorter = binding.look(whole), binding.look(whole[:-1])
     unmasked = [binding.look(own, causal=False) for own in (whole, whole[:-1])]
@@ -143,14 +146,14 @@ def _choose(seen: Look, layer: int | None, head: int | None) -> tuple[int, int]:
     """The layer and head asked for; of those left open, the most widely spread."""
     layers = len(seen.layers)
     if layer is not None and not 0 <= layer < layers:
-        raise InvalidRequest(f"`layer={layer}` does not exist: the model has layers 0 to {layers - 1}.")
+        raise InvalidRequest(f"`layer={layer}` does not exist. Pass 0 to {layers - 1}.")
     wanted = range(layers) if layer is None else [layer]
     spread = []
     for index in wanted:
         weights = seen.layers[index].weights
         heads = weights.shape[0]
         if head is not None and not 0 <= head < heads:
-            raise InvalidRequest(f"`head={head}` does not exist: layer {index} has heads 0 to {heads - 1}.")
+            raise InvalidRequest(f"`head={head}` does not exist in layer {index}. Pass 0 to {heads - 1}.")
         entropy = -(weights * weights.clamp_min(1e-9).log()).sum(-1).mean(-1)
         spread += [(float(entropy[own]), index, own) for own in (range(heads) if head is None else [head])]
     _, layer, head = max(spread)

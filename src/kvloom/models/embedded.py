@@ -31,7 +31,7 @@ class EmbeddedSources:
 
     def of_ids(self, token_ids: Sequence[int]) -> Source:
         """Refused: there is no encoder to read them."""
-        raise InvalidRequest(f"this model's source is {self.description}; got token ids.")
+        raise InvalidRequest(f"this model's source is {self.description}; got token ids. Embed them first.")
 
     def of_features(self, features: Tensor) -> Source:
         """A source of embeddings, float[tokens, dim] or float[1, tokens, dim]."""

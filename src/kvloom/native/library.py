@@ -66,7 +66,7 @@ def native() -> Library | Absent:
     """
     wanted = os.environ.get(VARIABLE, "1").strip().lower()
     if wanted not in ("0", "1", "", *TARGETS):
-        raise InvalidRequest(f"${VARIABLE} is {wanted!r}; it can be 0, 1, {', '.join(TARGETS)}.")
+        raise InvalidRequest(f"${VARIABLE} is {wanted!r}; set it to 0, 1, {', '.join(TARGETS)}, or not at all.")
     return _native(wanted)
 
 

@@ -102,12 +102,16 @@ class Batch:
         """A source as long as was asked for; features are as long as they must be."""
         if encoder is None:
             if self.source_tokens is not None:
-                raise InvalidRequest("`source_tokens` is for encoder-decoder models; this model has no encoder.")
+                raise InvalidRequest(
+                    "`source_tokens` is for encoder-decoder models, and this model has no encoder. Leave it out."
+                )
             return None
         longest = encoder.max_tokens
         tokens = self.source_tokens
         if tokens is None:
             tokens = DEFAULT_SOURCE_TOKENS if longest is None else min(DEFAULT_SOURCE_TOKENS, longest)
         if encoder.fixed_length and self.source_tokens not in (None, longest):
-            raise InvalidRequest(f"this model's sources are always {longest:,} positions long.")
+            raise InvalidRequest(
+                f"this model's sources are always {longest:,} positions long. Leave `source_tokens` out."
+            )
         return encoder.random_source(torch.Generator().manual_seed(0), tokens=tokens)

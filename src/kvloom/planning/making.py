@@ -69,7 +69,9 @@ def plan_for(engine: Engine, options: dict[str, Any]) -> MemoryPlan:
     if not isinstance(binding, HostedModel) or engine.cache is None:
         raise InvalidRequest("this model keeps no cache: each step computes whole sequences, so there is none to plan.")
     if options.get("dtype") is not None:
-        raise InvalidRequest(f"the model is loaded in {binding.dtype}; kvloom.plan() plans it in another dtype.")
+        raise InvalidRequest(
+            f"the model is loaded in {binding.dtype}; to plan it in another dtype, call kvloom.plan()."
+        )
     batch = Batch.checked(
         {"block_tokens": engine.cache.layout.block_tokens, "codec": engine.cache.layout.codec}
         | {name: value for name, value in options.items() if name != "dtype"}

@@ -13,7 +13,9 @@ from kvloom.errors import InvalidRequest
 from kvloom.models import Binding
 from kvloom.prompts import Prompt, PromptReader
 from kvloom.sources import read_sources
-from kvloom.verify.compare import Comparison, Decoded, compare_beams, compare_sequences, equal_prefix, worst
+from kvloom.verify.beams import compare_beams
+from kvloom.verify.compare import Comparison, Decoded, compare_sequences
+from kvloom.verify.differences import equal_prefix, worst
 from kvloom.verify.lossy import chosen_from, compare_hypotheses, cost_of_all
 from kvloom.verify.report import Check, Cost, Report
 from kvloom.verify.rounding import movement_of

@@ -17,7 +17,8 @@ from kvloom.engine import Engine
 from kvloom.engine.planner import worst_case_blocks
 from kvloom.errors import NumericalError
 from kvloom.prompts import Prompt
-from kvloom.verify.compare import Decoded, Watch
+from kvloom.verify.beams import Watch
+from kvloom.verify.compare import Decoded
 from kvloom.verify.lossy import SHARE_OF_COST, cost_of, recompute
 from kvloom.verify.report import Cost
 from kvloom.verify.samples import Shape

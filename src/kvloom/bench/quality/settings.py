@@ -84,7 +84,9 @@ def all_settings(policies: Iterable[str], keeps: Sequence[float], codecs: Iterab
         _check_policy(policy)
     for keep in keeps:
         if not 0 < keep < 1:
-            raise InvalidRequest(f"`keeps={keep:g}` must be between 0 and 1: the share of the tokens that may stay.")
+            raise InvalidRequest(
+                f"`keeps={keep:g}` must be between 0 and 1, the share of the tokens that may stay. Pass such as 0.5."
+            )
     settings = [REFERENCE]
     # By codec, the reference's first: each has a cache of its own.
     for codec in sorted(dict.fromkeys(codecs), key=lambda name: name != REFERENCE.codec):

@@ -49,12 +49,13 @@ class CompressedPrompt(Scored):
         check_count("pooled_tokens", self.pooled_tokens, least=1)
         if self.pooled_tokens % 2 == 0:
             raise InvalidRequest(
-                f"`pooled_tokens={self.pooled_tokens}` must be odd: as many before a token as after it."
+                f"`pooled_tokens={self.pooled_tokens}` must be odd, so that as many stand before a token as after it. "
+                f"Pass {self.pooled_tokens - 1} or {self.pooled_tokens + 1}."
             )
         if self.observed_tokens > self.budget_tokens:
             raise InvalidRequest(
                 f"`observed_tokens={self.observed_tokens}` exceeds `budget_tokens={self.budget_tokens}`, "
-                "in which they stay."
+                "in which they stay. Lower the first, or raise the second."
             )
 
     def observed(self, queries: range, prompt: range) -> int:

@@ -23,8 +23,8 @@ def described(policy: Retention) -> dict[str, Any]:
     name = type(policy).__name__
     if KNOWN.get(name) is not type(policy):
         raise InvalidRequest(
-            f"a context under {name} cannot be saved: another process would not know this policy. Those that it knows "
-            f"are {', '.join(KNOWN)}."
+            f"a context under {name} cannot be saved: another process would not know this policy. Keep "
+            f"the token ids, or prefill under a policy that it knows: {', '.join(KNOWN)}."
         )
     return {"policy": name, **asdict(policy)}
 

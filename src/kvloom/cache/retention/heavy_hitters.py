@@ -45,7 +45,7 @@ class HeavyHitters(Scored):
         if self.recent_tokens > self.budget_tokens:
             raise InvalidRequest(
                 f"`recent_tokens={self.recent_tokens}` exceeds `budget_tokens={self.budget_tokens}`, "
-                "which includes them."
+                "which includes them. Lower the first, or raise the second."
             )
 
     def observed(self, queries: range, prompt: range) -> int:

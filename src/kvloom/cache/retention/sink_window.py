@@ -141,7 +141,9 @@ def _checked(pins: object) -> tuple[Stretch, ...]:
     try:
         spans = [(first, end) for first, end in pins]  # type: ignore[attr-defined]
     except (TypeError, ValueError):
-        raise InvalidRequest(f"`pins` must be a list of (first, end) positions; got {pins!r}.") from None
+        raise InvalidRequest(
+            f"`pins` must be a list of (first, end) positions; got {pins!r}. Pass [(first, end), ...]."
+        ) from None
     for first, end in spans:
         check_count("pins", first, least=0)
         check_count("pins", end, least=first + 1)
