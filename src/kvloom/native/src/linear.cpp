@@ -5,6 +5,7 @@
 // of the weights serves many rows from the nearest cache, the accumulators are set down as they are.
 
 #include "linear.h"
+#include "small.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -61,22 +62,39 @@ template <class Element> struct Piece {
 // Of sums that are set down.
 constexpr int tiles_a_piece = 4;
 
-// One product of 16 outputs, complete: bias, rounding, residual.
-template <class Element>
-void finish(const Projection& to, std::int64_t row, std::int64_t tile, f32x16 sums) {
-    const std::int64_t n = tile * lanes;
-    const int count = int(std::min<std::int64_t>(lanes, to.outputs - n));
+// Sixteen outputs, or as many as there are.
+template <class Element, class Count> f32x16 some(const Element* p, Count count) {
+    if constexpr (std::is_same_v<Count, int>) return load(p, count);
+    else return load(p);
+}
+
+// Products of one tile, complete: bias, rounding, residual. Sums are `stride` apart from row to row. `count`: of outputs, an int, or a
+// type that says all of the tile.
+template <class Element, class Count>
+KVLOOM_INLINE inline void finish(const Projection& to, std::int64_t row, int rows, std::int64_t n, const float* sums, std::int64_t stride, Count count) {
+    const f32x16 bias = to.bias ? some(static_cast<const Element*>(to.bias) + n, count) : zeros();
     Element* output = static_cast<Element*>(to.output) + row * to.output_stride + n;
-    const Element* bias = static_cast<const Element*>(to.bias) + n;
     const Element* residual = static_cast<const Element*>(to.residual) + row * to.residual_stride + n;
-    Element product[lanes];
-    if (to.bias) sums = sums + (count == lanes ? load(bias) : load(bias, count));
-    if (to.residual) {
-        store(product, sums);
-        sums = load(product) + (count == lanes ? load(residual) : load(residual, count));
+    for (; rows--; sums += stride, output += to.output_stride, residual += to.residual_stride) {
+        f32x16 own = load(sums);
+        if (to.bias) own = own + bias;
+        if (to.residual) own = as_stored<Element>(own) + some(residual, count);
+        if constexpr (std::is_same_v<Count, int>) store(output, own, count);
+        else store(output, own);
     }
-    if (count == lanes) store(output, sums);
-    else store(output, sums, count);
+}
+
+// Asks memory for what finish() reads and writes.
+template <class Element, int Rows, int Tiles>
+void ask_for_outputs(const Projection& to, std::int64_t row, std::int64_t tile) {
+    constexpr int step = 64 / sizeof(Element);
+    const auto* output = static_cast<const Element*>(to.output) + row * to.output_stride + tile * lanes;
+    const auto* residual = static_cast<const Element*>(to.residual) + row * to.residual_stride + tile * lanes;
+    for (int r = 0; r < Rows; ++r, output += to.output_stride, residual += to.residual_stride)
+        for (int i = 0; i < Tiles * lanes; i += step) {
+            __builtin_prefetch(output + i, 1, 3);
+            if (to.residual) __builtin_prefetch(residual + i, 0, 3);
+        }
 }
 
 // The products of some rows with some tiles over a piece of k.
@@ -89,6 +107,8 @@ void multiply(const Piece<Element>& piece, const Projection& to, std::int64_t ro
     const auto set_down = [&](int r, int t) { return piece.sums + (r * tiles_a_piece + t) * lanes; };
     if (piece.is_first) unrolled<Rows * Tiles>([&](auto i) KVLOOM_INLINE { sums[i] = zeros(); });
     else unrolled<Rows * Tiles>([&](auto i) KVLOOM_INLINE { sums[i] = load(set_down(i / Tiles, i % Tiles)); });
+
+    if (piece.is_last) ask_for_outputs<Element, Rows, Tiles>(to, row, tile);
 
     const auto* x = piece.inputs;
     const Element* w = piece.weights;
@@ -115,9 +135,13 @@ void multiply(const Piece<Element>& piece, const Projection& to, std::int64_t ro
         unrolled<Rows * Tiles>([&](auto i) KVLOOM_INLINE { store(set_down(i / Tiles, i % Tiles), sums[i]); });
         return;
     }
-    float done[Rows * Tiles][lanes];
-    unrolled<Rows * Tiles>([&](auto i) KVLOOM_INLINE { store(done[i], sums[i]); });
-    for (int i = 0; i < Rows * Tiles; ++i) finish<Element>(to, row + i / Tiles, tile + i % Tiles, load(done[i]));
+    alignas(64) float done[Rows][Tiles * lanes];
+    unrolled<Rows * Tiles>([&](auto i) KVLOOM_INLINE { store(done[i / Tiles] + i % Tiles * lanes, sums[i]); });
+    for (int t = 0; t < Tiles; ++t) {
+        const std::int64_t n = (tile + t) * lanes, left = to.outputs - n;
+        if (left >= lanes) finish<Element>(to, row, Rows, n, done[0] + t * lanes, Tiles * lanes, std::true_type());
+        else finish<Element>(to, row, Rows, n, done[0] + t * lanes, Tiles * lanes, int(left));
+    }
 }
 
 // Kernels by shape. Accumulators, the lines of the tiles and one input have to fit the registers.
@@ -198,24 +222,24 @@ constexpr std::int64_t lines_a_piece(std::int64_t rows) { return rows <= 64 ? 51
 constexpr std::int64_t rows_a_chunk = 96;
 
 template <class Element>
-void pass_by(Piece<Element> piece, const Projection& to, std::int64_t first_row, std::int64_t rows, std::int64_t first_tile) {
-    const Element* next = piece.next;
+void pass_by(Piece<Element>& piece, const Projection& to, std::int64_t first_row, std::int64_t rows, std::int64_t first_tile, float* sums) {
+    const auto* inputs = piece.inputs;
+    const Element *weights = piece.weights, *next = piece.next;
     const int tiles = int(std::min<std::int64_t>(tiles_a_piece, tiles_of(to) - first_tile));
     const std::int64_t calls = ceil_div(rows, kernels_for<Element>(rows).rows) * ceil_div(tiles, kernels_for<Element>(rows).tiles);
-    piece.asked = int(ceil_div(tiles, calls));
+    const int asked = int(ceil_div(tiles, calls));
     int tile_to_ask = 0;
     for (std::int64_t row = 0; row < rows;) {
         const Kernels<Element> kernels = kernels_for<Element>(rows - row);
         for (int tile = 0; tile < tiles;) {
             const int taken = tiles - tile >= kernels.tiles ? kernels.tiles : 1;
-            Piece<Element> here = piece;
-            here.inputs += row * piece.input_stride;
-            here.weights += tile * piece.tile_stride;
-            here.sums += (row * tiles_a_piece + tile) * lanes;
-            here.next = next + tile_to_ask * piece.tile_stride;
-            if (tile_to_ask >= tiles) here.asked = 0;
-            tile_to_ask += piece.asked;
-            (taken == 1 ? kernels.run_single : kernels.run)(here, to, first_row + row, first_tile + tile);
+            piece.inputs = inputs + row * piece.input_stride;
+            piece.weights = weights + tile * piece.tile_stride;
+            piece.sums = sums + (row * tiles_a_piece + tile) * lanes;
+            piece.next = next + tile_to_ask * piece.tile_stride;
+            piece.asked = tile_to_ask < tiles ? asked : 0;
+            tile_to_ask += asked;
+            (taken == 1 ? kernels.run_single : kernels.run)(piece, to, first_row + row, first_tile + tile);
             tile += taken;
         }
         row += kernels.rows;
@@ -228,26 +252,24 @@ template <class Element> void sweep(const LinearCall& call, const Piece<Element>
     std::int64_t groups = 0;
     for (int p = 0; p < call.projection_count; ++p) groups += ceil_div(tiles_of(call.projections[p]), tiles_a_piece);
     alignas(64) static thread_local float sums[rows_a_chunk * tiles_a_piece * lanes];
+    Piece<Element> piece = whole;
 #pragma omp for schedule(static)
     for (std::int64_t task = 0; task < chunks * groups; ++task) {
         const std::int64_t row = task % chunks * rows_a_chunk, rows = std::min(rows_a_chunk, call.rows - row);
         const Projection* to = call.projections;
         std::int64_t tile = task / chunks * tiles_a_piece;
         for (; tile >= tiles_of(*to); ++to) tile -= ceil_div(tiles_of(*to), tiles_a_piece) * tiles_a_piece;
-        Piece<Element> piece = whole;
-        piece.inputs += row * piece.input_stride;
-        piece.weights = static_cast<const Element*>(to->weights) + tile * piece.tile_stride;
-        piece.sums = sums;
+        const auto* inputs = whole.inputs + row * whole.input_stride;
+        const Element* weights = static_cast<const Element*>(to->weights) + tile * whole.tile_stride;
         for (std::int64_t line = 0; line < whole.lines; line += piece.lines) {
+            piece.inputs = inputs + line * depth;
+            piece.weights = weights + line * depth * lanes;
             piece.lines = std::min(lines_a_piece(call.rows), whole.lines - line);
             piece.distance = piece.lines;
             piece.is_first = line == 0;
             piece.is_last = line + piece.lines == whole.lines;
-            piece.next = piece.is_last ? static_cast<const Element*>(to->weights) + (tile + tiles_a_piece) * piece.tile_stride
-                                       : piece.weights + piece.lines * depth * lanes;
-            pass_by(piece, *to, row, rows, tile);
-            piece.inputs += piece.lines * depth;
-            piece.weights += piece.lines * depth * lanes;
+            piece.next = piece.is_last ? weights + tiles_a_piece * piece.tile_stride : piece.weights + piece.lines * depth * lanes;
+            pass_by(piece, *to, row, rows, tile, sums);
         }
     }
 }
