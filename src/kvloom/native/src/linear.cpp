@@ -168,7 +168,15 @@ template <class Element> Kernels<Element> kernels_for(std::int64_t rows) {
             case 4: return kernels<Element, 4, 4>();
             case 5: return kernels<Element, 5, 4>();
             case 7: return kernels<Element, 7, 2>();
-            case 8: case 13: case 14: case 15: case 16: return kernels<Element, 8, 2>();
+            case 8: return kernels<Element, 8, 2>();
+            case 9: return kernels<Element, 9, 2>();
+            case 10: return kernels<Element, 10, 2>();
+            case 11: return kernels<Element, 11, 2>();
+            case 12: return kernels<Element, 12, 2>();
+            case 13: return kernels<Element, 13, 2>();
+            case 14: return kernels<Element, 14, 2>();
+            case 15: return kernels<Element, 15, 1>();
+            case 16: return kernels<Element, 16, 1>();
             default: return kernels<Element, 6, 4>();
         }
     } else {
@@ -181,14 +189,15 @@ template <class Element> Kernels<Element> kernels_for(std::int64_t rows) {
     }
 }
 
-constexpr std::int64_t few_rows = vector_registers >= 32 ? 8 : 4;  // that one kernel takes
+constexpr std::int64_t few_rows = vector_registers >= 32 ? 16 : 4;  // that one kernel takes
 
 // ---- the work of a call ---------------------------------------------------------------------------------------
 
 std::int64_t tiles_of(const Projection& projection) { return ceil_div(projection.outputs, lanes); }
 
-// Measured: with more rows a line is worked on for longer, and memory has to be asked for it earlier.
-constexpr std::int64_t lines_ahead(std::int64_t rows) { return rows <= 4 ? 24 : 48; }
+// Measured: what is asked for must be on its way before the rows have been multiplied with what lies between, and the fewer tiles
+// are walked down at once, the more lines that is.
+constexpr std::int64_t lines_ahead(std::int64_t rows) { return rows <= 4 ? 24 : rows <= 8 ? 48 : rows <= 14 ? 96 : 160; }
 
 // Few rows: weights are read once, in order, each thread a contiguous part of all projections' tiles.
 template <class Element> void stream(const LinearCall& call, const Piece<Element>& whole) {
