@@ -62,31 +62,25 @@ template <class Element> struct Piece {
 // Of sums that are set down.
 constexpr int tiles_a_piece = 4;
 
-// Sixteen outputs, or as many as there are.
-template <class Element, class Count> f32x16 some(const Element* p, Count count) {
-    if constexpr (std::is_same_v<Count, int>) return load(p, count);
-    else return load(p);
-}
-
-// Products of one tile, complete: bias, rounding, residual. Sums are `stride` apart from row to row. `count`: of outputs, an int, or a
-// type that says all of the tile.
-template <class Element, class Count>
-KVLOOM_INLINE inline void finish(const Projection& to, std::int64_t row, int rows, std::int64_t n, const float* sums, std::int64_t stride, Count count) {
-    const f32x16 bias = to.bias ? some(static_cast<const Element*>(to.bias) + n, count) : zeros();
+// Products of some rows with one tile, complete: bias, rounding, residual. Sums are `sums_stride` apart from row to row.
+template <class Element>
+void finish(const Projection& to, std::int64_t row, int rows, std::int64_t tile, const float* sums, std::int64_t sums_stride) {
+    const std::int64_t n = tile * lanes;
+    const int count = int(std::min<std::int64_t>(lanes, to.outputs - n));
+    const f32x16 bias = to.bias ? get(static_cast<const Element*>(to.bias) + n, count) : zeros();
     Element* output = static_cast<Element*>(to.output) + row * to.output_stride + n;
     const Element* residual = static_cast<const Element*>(to.residual) + row * to.residual_stride + n;
-    for (; rows--; sums += stride, output += to.output_stride, residual += to.residual_stride) {
+    for (; rows--; sums += sums_stride, output += to.output_stride, residual += to.residual_stride) {
         f32x16 own = load(sums);
         if (to.bias) own = own + bias;
-        if (to.residual) own = as_stored<Element>(own) + some(residual, count);
-        if constexpr (std::is_same_v<Count, int>) store(output, own, count);
-        else store(output, own);
+        if (to.residual) own = as_stored<Element>(own) + get(residual, count);
+        put(output, own, count);
     }
 }
 
-// Asks memory for what finish() reads and writes.
+// Asks memory for what finish() reads and writes. Inline, or GCC 12 leaves it out: see Ahead in pack.h.
 template <class Element, int Rows, int Tiles>
-void ask_for_outputs(const Projection& to, std::int64_t row, std::int64_t tile) {
+KVLOOM_INLINE inline void ask_for_outputs(const Projection& to, std::int64_t row, std::int64_t tile) {
     constexpr int step = 64 / sizeof(Element);
     const auto* output = static_cast<const Element*>(to.output) + row * to.output_stride + tile * lanes;
     const auto* residual = static_cast<const Element*>(to.residual) + row * to.residual_stride + tile * lanes;
@@ -137,11 +131,7 @@ void multiply(const Piece<Element>& piece, const Projection& to, std::int64_t ro
     }
     alignas(64) float done[Rows][Tiles * lanes];
     unrolled<Rows * Tiles>([&](auto i) KVLOOM_INLINE { store(done[i / Tiles] + i % Tiles * lanes, sums[i]); });
-    for (int t = 0; t < Tiles; ++t) {
-        const std::int64_t n = (tile + t) * lanes, left = to.outputs - n;
-        if (left >= lanes) finish<Element>(to, row, Rows, n, done[0] + t * lanes, Tiles * lanes, std::true_type());
-        else finish<Element>(to, row, Rows, n, done[0] + t * lanes, Tiles * lanes, int(left));
-    }
+    for (int t = 0; t < Tiles; ++t) finish<Element>(to, row, Rows, tile + t, done[0] + t * lanes, Tiles * lanes);
 }
 
 // Kernels by shape. Accumulators, the lines of the tiles and one input have to fit the registers.
@@ -168,15 +158,7 @@ template <class Element> Kernels<Element> kernels_for(std::int64_t rows) {
             case 4: return kernels<Element, 4, 4>();
             case 5: return kernels<Element, 5, 4>();
             case 7: return kernels<Element, 7, 2>();
-            case 8: return kernels<Element, 8, 2>();
-            case 9: return kernels<Element, 9, 2>();
-            case 10: return kernels<Element, 10, 2>();
-            case 11: return kernels<Element, 11, 2>();
-            case 12: return kernels<Element, 12, 2>();
-            case 13: return kernels<Element, 13, 2>();
-            case 14: return kernels<Element, 14, 2>();
-            case 15: return kernels<Element, 15, 1>();
-            case 16: return kernels<Element, 16, 1>();
+            case 8: case 13: case 14: case 15: case 16: return kernels<Element, 8, 2>();
             default: return kernels<Element, 6, 4>();
         }
     } else {
@@ -189,7 +171,25 @@ template <class Element> Kernels<Element> kernels_for(std::int64_t rows) {
     }
 }
 
-constexpr std::int64_t few_rows = vector_registers >= 32 ? 16 : 4;  // that one kernel takes
+// So many rows one kernel takes.
+constexpr std::int64_t few_rows = vector_registers >= 32 ? 16 : 4;
+
+// The kernels for all of a few rows at once, so that weights are read once.
+template <class Element> Kernels<Element> kernels_to_stream(std::int64_t rows) {
+    if constexpr (vector_registers >= 32) {
+        switch (rows) {
+            case 9: return kernels<Element, 9, 1>();
+            case 10: return kernels<Element, 10, 1>();
+            case 11: return kernels<Element, 11, 1>();
+            case 12: return kernels<Element, 12, 1>();
+            case 13: return kernels<Element, 13, 1>();
+            case 14: return kernels<Element, 14, 1>();
+            case 15: return kernels<Element, 15, 1>();
+            case 16: return kernels<Element, 16, 1>();
+        }
+    }
+    return kernels_for<Element>(rows);
+}
 
 // ---- the work of a call ---------------------------------------------------------------------------------------
 
@@ -197,11 +197,11 @@ std::int64_t tiles_of(const Projection& projection) { return ceil_div(projection
 
 // Measured: what is asked for must be on its way before the rows have been multiplied with what lies between, and the fewer tiles
 // are walked down at once, the more lines that is.
-constexpr std::int64_t lines_ahead(std::int64_t rows) { return rows <= 4 ? 24 : rows <= 8 ? 48 : rows <= 14 ? 96 : 160; }
+constexpr std::int64_t lines_ahead(std::int64_t rows) { return rows <= 4 ? 24 : rows <= 8 ? 48 : 160; }
 
 // Few rows: weights are read once, in order, each thread a contiguous part of all projections' tiles.
 template <class Element> void stream(const LinearCall& call, const Piece<Element>& whole) {
-    const Kernels<Element> kernels = kernels_for<Element>(call.rows);
+    const Kernels<Element> kernels = kernels_to_stream<Element>(call.rows);
     std::int64_t tiles = 0, before = 0;
     for (int p = 0; p < call.projection_count; ++p) tiles += tiles_of(call.projections[p]);
     const std::int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
