@@ -31,7 +31,7 @@ from kvloom.native.linear import LinearKernels
 
 READING = "reading"
 SHAPES = ("896x896", "4864x896", "896x4864", "151936x896", "4096x4096")
-FEW_ROWS, MANY_ROWS = (1, 2, 3, 4, 8, 16), (64, 512, 2_048)
+FEW_ROWS, MANY_ROWS = (1, 2, 3, 4, 8, 12, 16), (64, 512, 2_048)
 WEIGHTS_BYTES = 192 << 20
 MOST_LOGITS_BYTES = 256 << 20
 

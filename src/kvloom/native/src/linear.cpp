@@ -195,8 +195,8 @@ template <class Element> Kernels<Element> kernels_to_stream(std::int64_t rows) {
 
 std::int64_t tiles_of(const Projection& projection) { return ceil_div(projection.outputs, lanes); }
 
-// Measured: what is asked for must be on its way before the rows have been multiplied with what lies between, and the fewer tiles
-// are walked down at once, the more lines that is.
+// Measured: with more rows a line is worked on for longer, and memory has to be asked for it earlier; and with one tile at a time
+// (more than 8 rows) as much memory is more lines.
 constexpr std::int64_t lines_ahead(std::int64_t rows) { return rows <= 4 ? 24 : rows <= 8 ? 48 : 160; }
 
 // Few rows: weights are read once, in order, each thread a contiguous part of all projections' tiles.
@@ -230,6 +230,8 @@ template <class Element> void stream(const LinearCall& call, const Piece<Element
 constexpr std::int64_t lines_a_piece(std::int64_t rows) { return rows <= 64 ? 512 : 448; }
 constexpr std::int64_t rows_a_chunk = 96;
 
+// Changes `piece` from call to call rather than copy it: GCC copies by vectors what was written number by number, and the CPU
+// then waits until all outputs before have left for memory.
 template <class Element>
 void pass_by(Piece<Element>& piece, const Projection& to, std::int64_t first_row, std::int64_t rows, std::int64_t first_tile, float* sums) {
     const auto* inputs = piece.inputs;
