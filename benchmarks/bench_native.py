@@ -14,8 +14,9 @@ import ctypes
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import click
 import torch
@@ -31,9 +32,17 @@ from kvloom.native.linear import LinearKernels
 
 READING = "reading"
 SHAPES = ("896x896", "4864x896", "896x4864", "151936x896", "4096x4096")
-FEW_ROWS, MANY_ROWS = (1, 2, 3, 4, 8, 16), (64, 512, 2_048)
+FEW_ROWS, MANY_ROWS = (1, 2, 3, 4, 8, 12, 16), (64, 512, 2_048)
 WEIGHTS_BYTES = 192 << 20
 MOST_LOGITS_BYTES = 256 << 20
+
+Weight = TypeVar("Weight")
+
+
+def use_each(weights: Iterable[Weight], multiply: Callable[[Weight], object]) -> None:
+    """Multiply with one weight after the other. No product is kept: the next takes its memory, and no page is new."""
+    for own in weights:
+        multiply(own)
 
 
 def linear_ways(library: Library, weights: list[Tensor]) -> dict[str, Callable[[Tensor], object]]:
@@ -46,13 +55,13 @@ def linear_ways(library: Library, weights: list[Tensor]) -> dict[str, Callable[[
     read = library.function("kvloom_read", ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, restype=ctypes.c_float)
     ways: dict[str, Callable[[Tensor], object]] = {
         READING: lambda _: read(first.data_ptr(), floats, torch.get_num_threads()),
-        "native": lambda rows: [packing.linear(rows, own, None) for own in packed],
-        "F.linear": lambda rows: [torch.nn.functional.linear(rows, own) for own in weights],
+        "native": lambda rows: use_each(packed, lambda own: packing.linear(rows, own, None)),
+        "F.linear": lambda rows: use_each(weights, lambda own: torch.nn.functional.linear(rows, own)),
     }
     if OneDnnPacking.exists() and weights[0].dtype in OneDnnPacking.dtypes:
         onednn = OneDnnPacking()
         reordered = [onednn.pack(weight) for weight in weights]
-        ways["oneDNN packed"] = lambda rows: [onednn.linear(rows, own, None) for own in reordered]
+        ways["oneDNN packed"] = lambda rows: use_each(reordered, lambda own: onednn.linear(rows, own, None))
     return ways
 
 

@@ -132,10 +132,10 @@ def test_nothing_beyond_the_last_element_is_read(
     for inner in (2, 3, 112, 225, 500):
         packed = kernels.pack(torch.randn(70, inner).to(dtype))
         packed = PackedWeight(before_a_wall(packed.data), 70, inner)
-        bias, residual = (before_a_wall(torch.randn(shape).to(dtype)) for shape in ([70], [14, 70]))
-        for rows in (1, 3, 5, 8, 9, 14):
+        bias, residual = (before_a_wall(torch.randn(shape).to(dtype)) for shape in ([70], [17, 70]))
+        for rows in (1, 3, 5, 8, 9, 14, 16, 17):
             inputs = before_a_wall(torch.randn(rows, inner).to(dtype))
-            kernels.linear(inputs, [Projection(packed, bias, residual[14 - rows :])])
+            kernels.linear(inputs, [Projection(packed, bias, residual[17 - rows :])])
 
 
 def test_rows_that_are_not_contiguous_are_read_where_they_lie() -> None:

@@ -5,6 +5,7 @@
 // of the weights serves many rows from the nearest cache, the accumulators are set down as they are.
 
 #include "linear.h"
+#include "small.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -61,22 +62,33 @@ template <class Element> struct Piece {
 // Of sums that are set down.
 constexpr int tiles_a_piece = 4;
 
-// One product of 16 outputs, complete: bias, rounding, residual.
+// Products of some rows with one tile, complete: bias, rounding, residual. Sums are `sums_stride` apart from row to row.
 template <class Element>
-void finish(const Projection& to, std::int64_t row, std::int64_t tile, f32x16 sums) {
+void finish(const Projection& to, std::int64_t row, int rows, std::int64_t tile, const float* sums, std::int64_t sums_stride) {
     const std::int64_t n = tile * lanes;
     const int count = int(std::min<std::int64_t>(lanes, to.outputs - n));
+    const f32x16 bias = to.bias ? get(static_cast<const Element*>(to.bias) + n, count) : zeros();
     Element* output = static_cast<Element*>(to.output) + row * to.output_stride + n;
-    const Element* bias = static_cast<const Element*>(to.bias) + n;
     const Element* residual = static_cast<const Element*>(to.residual) + row * to.residual_stride + n;
-    Element product[lanes];
-    if (to.bias) sums = sums + (count == lanes ? load(bias) : load(bias, count));
-    if (to.residual) {
-        store(product, sums);
-        sums = load(product) + (count == lanes ? load(residual) : load(residual, count));
+    for (; rows--; sums += sums_stride, output += to.output_stride, residual += to.residual_stride) {
+        f32x16 own = load(sums);
+        if (to.bias) own = own + bias;
+        if (to.residual) own = as_stored<Element>(own) + get(residual, count);
+        put(output, own, count);
     }
-    if (count == lanes) store(output, sums);
-    else store(output, sums, count);
+}
+
+// Asks memory for what finish() reads and writes. Inline, or GCC 12 leaves it out: see Ahead in pack.h.
+template <class Element, int Rows, int Tiles>
+KVLOOM_INLINE inline void ask_for_outputs(const Projection& to, std::int64_t row, std::int64_t tile) {
+    constexpr int step = 64 / sizeof(Element);
+    const auto* output = static_cast<const Element*>(to.output) + row * to.output_stride + tile * lanes;
+    const auto* residual = static_cast<const Element*>(to.residual) + row * to.residual_stride + tile * lanes;
+    for (int r = 0; r < Rows; ++r, output += to.output_stride, residual += to.residual_stride)
+        for (int i = 0; i < Tiles * lanes; i += step) {
+            __builtin_prefetch(output + i, 1, 3);
+            if (to.residual) __builtin_prefetch(residual + i, 0, 3);
+        }
 }
 
 // The products of some rows with some tiles over a piece of k.
@@ -89,6 +101,8 @@ void multiply(const Piece<Element>& piece, const Projection& to, std::int64_t ro
     const auto set_down = [&](int r, int t) { return piece.sums + (r * tiles_a_piece + t) * lanes; };
     if (piece.is_first) unrolled<Rows * Tiles>([&](auto i) KVLOOM_INLINE { sums[i] = zeros(); });
     else unrolled<Rows * Tiles>([&](auto i) KVLOOM_INLINE { sums[i] = load(set_down(i / Tiles, i % Tiles)); });
+
+    if (piece.is_last) ask_for_outputs<Element, Rows, Tiles>(to, row, tile);
 
     const auto* x = piece.inputs;
     const Element* w = piece.weights;
@@ -115,9 +129,9 @@ void multiply(const Piece<Element>& piece, const Projection& to, std::int64_t ro
         unrolled<Rows * Tiles>([&](auto i) KVLOOM_INLINE { store(set_down(i / Tiles, i % Tiles), sums[i]); });
         return;
     }
-    float done[Rows * Tiles][lanes];
-    unrolled<Rows * Tiles>([&](auto i) KVLOOM_INLINE { store(done[i], sums[i]); });
-    for (int i = 0; i < Rows * Tiles; ++i) finish<Element>(to, row + i / Tiles, tile + i % Tiles, load(done[i]));
+    alignas(64) float done[Rows][Tiles * lanes];
+    unrolled<Rows * Tiles>([&](auto i) KVLOOM_INLINE { store(done[i / Tiles] + i % Tiles * lanes, sums[i]); });
+    for (int t = 0; t < Tiles; ++t) finish<Element>(to, row, Rows, tile + t, done[0] + t * lanes, Tiles * lanes);
 }
 
 // Kernels by shape. Accumulators, the lines of the tiles and one input have to fit the registers.
@@ -157,18 +171,37 @@ template <class Element> Kernels<Element> kernels_for(std::int64_t rows) {
     }
 }
 
-constexpr std::int64_t few_rows = vector_registers >= 32 ? 8 : 4;  // that one kernel takes
+// So many rows one kernel takes.
+constexpr std::int64_t few_rows = vector_registers >= 32 ? 16 : 4;
+
+// The kernels for all of a few rows at once, so that weights are read once.
+template <class Element> Kernels<Element> kernels_to_stream(std::int64_t rows) {
+    if constexpr (vector_registers >= 32) {
+        switch (rows) {
+            case 9: return kernels<Element, 9, 1>();
+            case 10: return kernels<Element, 10, 1>();
+            case 11: return kernels<Element, 11, 1>();
+            case 12: return kernels<Element, 12, 1>();
+            case 13: return kernels<Element, 13, 1>();
+            case 14: return kernels<Element, 14, 1>();
+            case 15: return kernels<Element, 15, 1>();
+            case 16: return kernels<Element, 16, 1>();
+        }
+    }
+    return kernels_for<Element>(rows);
+}
 
 // ---- the work of a call ---------------------------------------------------------------------------------------
 
 std::int64_t tiles_of(const Projection& projection) { return ceil_div(projection.outputs, lanes); }
 
-// Measured: with more rows a line is worked on for longer, and memory has to be asked for it earlier.
-constexpr std::int64_t lines_ahead(std::int64_t rows) { return rows <= 4 ? 24 : 48; }
+// Measured: with more rows a line is worked on for longer, and memory has to be asked for it earlier; and with one tile at a time
+// (more than 8 rows) as much memory is more lines.
+constexpr std::int64_t lines_ahead(std::int64_t rows) { return rows <= 4 ? 24 : rows <= 8 ? 48 : 160; }
 
 // Few rows: weights are read once, in order, each thread a contiguous part of all projections' tiles.
 template <class Element> void stream(const LinearCall& call, const Piece<Element>& whole) {
-    const Kernels<Element> kernels = kernels_for<Element>(call.rows);
+    const Kernels<Element> kernels = kernels_to_stream<Element>(call.rows);
     std::int64_t tiles = 0, before = 0;
     for (int p = 0; p < call.projection_count; ++p) tiles += tiles_of(call.projections[p]);
     const std::int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
@@ -197,25 +230,27 @@ template <class Element> void stream(const LinearCall& call, const Piece<Element
 constexpr std::int64_t lines_a_piece(std::int64_t rows) { return rows <= 64 ? 512 : 448; }
 constexpr std::int64_t rows_a_chunk = 96;
 
+// Changes `piece` from call to call rather than copy it: GCC copies by vectors what was written number by number, and the CPU
+// then waits until all outputs before have left for memory.
 template <class Element>
-void pass_by(Piece<Element> piece, const Projection& to, std::int64_t first_row, std::int64_t rows, std::int64_t first_tile) {
-    const Element* next = piece.next;
+void pass_by(Piece<Element>& piece, const Projection& to, std::int64_t first_row, std::int64_t rows, std::int64_t first_tile, float* sums) {
+    const auto* inputs = piece.inputs;
+    const Element *weights = piece.weights, *next = piece.next;
     const int tiles = int(std::min<std::int64_t>(tiles_a_piece, tiles_of(to) - first_tile));
     const std::int64_t calls = ceil_div(rows, kernels_for<Element>(rows).rows) * ceil_div(tiles, kernels_for<Element>(rows).tiles);
-    piece.asked = int(ceil_div(tiles, calls));
+    const int asked = int(ceil_div(tiles, calls));
     int tile_to_ask = 0;
     for (std::int64_t row = 0; row < rows;) {
         const Kernels<Element> kernels = kernels_for<Element>(rows - row);
         for (int tile = 0; tile < tiles;) {
             const int taken = tiles - tile >= kernels.tiles ? kernels.tiles : 1;
-            Piece<Element> here = piece;
-            here.inputs += row * piece.input_stride;
-            here.weights += tile * piece.tile_stride;
-            here.sums += (row * tiles_a_piece + tile) * lanes;
-            here.next = next + tile_to_ask * piece.tile_stride;
-            if (tile_to_ask >= tiles) here.asked = 0;
-            tile_to_ask += piece.asked;
-            (taken == 1 ? kernels.run_single : kernels.run)(here, to, first_row + row, first_tile + tile);
+            piece.inputs = inputs + row * piece.input_stride;
+            piece.weights = weights + tile * piece.tile_stride;
+            piece.sums = sums + (row * tiles_a_piece + tile) * lanes;
+            piece.next = next + tile_to_ask * piece.tile_stride;
+            piece.asked = tile_to_ask < tiles ? asked : 0;
+            tile_to_ask += asked;
+            (taken == 1 ? kernels.run_single : kernels.run)(piece, to, first_row + row, first_tile + tile);
             tile += taken;
         }
         row += kernels.rows;
@@ -228,26 +263,24 @@ template <class Element> void sweep(const LinearCall& call, const Piece<Element>
     std::int64_t groups = 0;
     for (int p = 0; p < call.projection_count; ++p) groups += ceil_div(tiles_of(call.projections[p]), tiles_a_piece);
     alignas(64) static thread_local float sums[rows_a_chunk * tiles_a_piece * lanes];
+    Piece<Element> piece = whole;
 #pragma omp for schedule(static)
     for (std::int64_t task = 0; task < chunks * groups; ++task) {
         const std::int64_t row = task % chunks * rows_a_chunk, rows = std::min(rows_a_chunk, call.rows - row);
         const Projection* to = call.projections;
         std::int64_t tile = task / chunks * tiles_a_piece;
         for (; tile >= tiles_of(*to); ++to) tile -= ceil_div(tiles_of(*to), tiles_a_piece) * tiles_a_piece;
-        Piece<Element> piece = whole;
-        piece.inputs += row * piece.input_stride;
-        piece.weights = static_cast<const Element*>(to->weights) + tile * piece.tile_stride;
-        piece.sums = sums;
+        const auto* inputs = whole.inputs + row * whole.input_stride;
+        const Element* weights = static_cast<const Element*>(to->weights) + tile * whole.tile_stride;
         for (std::int64_t line = 0; line < whole.lines; line += piece.lines) {
+            piece.inputs = inputs + line * depth;
+            piece.weights = weights + line * depth * lanes;
             piece.lines = std::min(lines_a_piece(call.rows), whole.lines - line);
             piece.distance = piece.lines;
             piece.is_first = line == 0;
             piece.is_last = line + piece.lines == whole.lines;
-            piece.next = piece.is_last ? static_cast<const Element*>(to->weights) + (tile + tiles_a_piece) * piece.tile_stride
-                                       : piece.weights + piece.lines * depth * lanes;
-            pass_by(piece, *to, row, rows, tile);
-            piece.inputs += piece.lines * depth;
-            piece.weights += piece.lines * depth * lanes;
+            piece.next = piece.is_last ? weights + tiles_a_piece * piece.tile_stride : piece.weights + piece.lines * depth * lanes;
+            pass_by(piece, *to, row, rows, tile, sums);
         }
     }
 }
