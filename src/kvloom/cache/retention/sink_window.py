@@ -139,5 +139,7 @@ def _checked(pins: object) -> tuple[Stretch, ...]:
         raise InvalidRequest(f"`pins` must be a list of (first, end) positions; got {pins!r}.") from None
     for first, end in spans:
         check_count("pins", first, least=0)
-        check_count("pins", end, least=first + 1)
+        check_count("pins", end, least=0)
+        if end <= first:
+            raise InvalidRequest(f"`pins` has the span ({first}, {end}), which holds no token. It ends behind its first.")
     return tuple(sorted(spans))
