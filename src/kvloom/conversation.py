@@ -210,8 +210,12 @@ class Conversation:
         except InvalidRequest:  # the template has no way to go on behind an answer
             return whole
         behind = said.behind(context.token_ids, context.media)
-        texts = [self.lm.tokenizer.decode(own.token_ids) for own in (behind, whole)]
-        return behind if texts[0] == texts[1] else whole
+        return behind if self._canonical(behind) == self._canonical(whole) else whole
+
+    def _canonical(self, prompt: Prompt) -> list[int]:
+        """What the tokenizer makes of a prompt's text; some normalise characters, too."""
+        tokenizer = self.lm.tokenizer
+        return list(tokenizer(tokenizer.decode(prompt.token_ids), add_special_tokens=False).input_ids)
 
     def _shared(self, whole: Prompt) -> Context | None:
         """The context, cut to what the new text begins with: templates may write an earlier turn in another way."""
