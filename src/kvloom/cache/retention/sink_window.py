@@ -141,5 +141,5 @@ def _checked(pins: object) -> tuple[Stretch, ...]:
         check_count("pins", first, least=0)
         check_count("pins", end, least=0)
         if end <= first:
-            raise InvalidRequest(f"`pins` has the span ({first}, {end}), which holds no token. It ends behind its first.")
+            raise InvalidRequest(f"`pins` has the span ({first}, {end}), which holds no token. Let it end later.")
     return tuple(sorted(spans))
