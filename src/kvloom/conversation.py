@@ -199,13 +199,30 @@ class Conversation:
             for turn in self.turns:
                 messages += [{"role": "user", "content": turn.content}, {"role": "assistant", "content": turn.answer}]
             messages.append({"role": "user", "content": now.content})
-            return self.lm.reader.read(messages)
+            return self._as_computed(self.lm.reader.read(messages), now)
         if now.images:
             raise InvalidRequest(NO_TEMPLATE)
         if self.context is not None:
             return Prompt([*self.context.token_ids, *encode_continuation(tokenizer, now.said)])
         before = "".join(f"{turn.said}{turn.answer}" for turn in self.turns)
         return Prompt(encode_start(tokenizer, before + now.said))
+
+    def _as_computed(self, whole: Prompt, now: Turn) -> Prompt:
+        """The same text with the context's own tokens, where the tokenizer would write an answer in others."""
+        context = self.context
+        if context is None or whole.token_ids[: context.tokens] == list(context.token_ids):
+            return whole
+        try:
+            said = self.lm.reader.read([{"role": "user", "content": now.content}], before=context.token_ids)
+        except InvalidRequest:  # the template has no way to go on behind an answer
+            return whole
+        behind = said.behind(context.token_ids, context.media)
+        return behind if self._canonical(behind) == self._canonical(whole) else whole
+
+    def _canonical(self, prompt: Prompt) -> list[int]:
+        """What the tokenizer makes of a prompt's text; some normalise characters, too."""
+        tokenizer = self.lm.tokenizer
+        return list(tokenizer(tokenizer.decode(prompt.token_ids), add_special_tokens=False).input_ids)
 
     def _shared(self, whole: Prompt) -> Context | None:
         """The context, cut to what the new text begins with: templates may write an earlier turn in another way."""

@@ -148,6 +148,16 @@ def test_a_full_disk_is_one_line(arguments: list[str]) -> None:
     assert (shown.returncode, shown.stderr) == (1, "kvloom: No space left on device.\n")
 
 
+@pytest.mark.parametrize("arguments", [["plan"], ["plan", "--json"], ["score", "a", "-c", " b", "-q"]])
+def test_a_reader_that_leaves_early_ends_it_quietly(arguments: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    line = [sys.executable, "-m", "kvloom", *arguments]
+    shown = subprocess.run(line, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writing)
+    assert (shown.returncode, shown.stderr) == (141, "")
+
+
 def test_without_a_command_the_help_stands_on_stderr() -> None:
     shown = CliRunner().invoke(command, [])
     assert shown.exit_code == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 import kvloom
@@ -74,11 +76,38 @@ def test_with_a_template_the_text_is_what_the_template_says(chat_lm: kvloom.Lang
         {"role": "assistant", "content": first},
         {"role": "user", "content": "And now?"},
     ]
-    ids = chat_lm.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert list(talking.context.token_ids[: len(ids)]) == ids
-    usage = talking.last.usage
-    assert usage.prompt_tokens == len(ids) and usage.computed_prompt_tokens < len(ids)
+    text = chat_lm.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert chat_lm.tokenizer.decode(talking.context.token_ids).startswith(text)
+    ids = list(talking.context.token_ids)[: talking.last.usage.prompt_tokens]
     assert chat_lm.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False).token_ids == talking.last.token_ids
+
+
+@pytest.mark.parametrize(("answer", "shown"), [("hello", "hello"), ("ðŁĻ", "\ufffd")])
+def test_an_answer_that_the_tokenizer_would_write_otherwise_is_not_computed_again(
+    chat_lm: kvloom.LanguageModel, answer: str, shown: str
+) -> None:
+    tokenizer = chat_lm.tokenizer
+    spelled = tokenizer.convert_tokens_to_ids(list(answer))  # the second: three of the four bytes of an emoji
+    left = iter(spelled)
+
+    def spell(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([next(left)]), 0.0)
+
+    talking = Conversation(chat_lm, None, {"max_new_tokens": len(spelled), "logits_processor": [spell]})
+    assert "".join(talking.say("Say it.")) == shown
+    assert tokenizer(shown).input_ids != spelled
+    before, talking.options = talking.tokens, {"max_new_tokens": 3}
+    "".join(talking.say("Go on."))
+    assert list(talking.context.token_ids[:before])[-len(spelled) :] == spelled
+    assert talking.last.usage.cached_prompt_tokens == before - 1
+
+
+def test_a_template_that_writes_earlier_answers_otherwise_is_followed(chat_lm: kvloom.LanguageModel) -> None:
+    talking = Conversation(chat_lm, None, {"max_new_tokens": 6, "do_sample": False})
+    "".join(talking.say("Say it."))
+    talking.turns[-1] = dataclasses.replace(talking.turns[-1], answer="Otherwise.")  # as a template would drop thoughts
+    "".join(talking.say("Go on."))
+    assert "Otherwise.<|im_end|>" in chat_lm.tokenizer.decode(talking.context.token_ids)
 
 
 def test_undo_goes_back_to_before_the_turn(lm: kvloom.LanguageModel) -> None:

@@ -61,6 +61,8 @@ def _mark_request(axes: Any, plan: MemoryPlan) -> None:
             fontsize=10,
             fontweight="bold",
             color=colour,
+            # On white, where the budget's line may pass.
+            bbox={"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 0.5},
         )
 
 
@@ -93,6 +95,8 @@ def _head(figure: Any, plan: MemoryPlan, *, near: bool) -> None:
         title = f"Cache of a prompt of {plan.prompt_tokens:,} tokens: {readable_bytes(plan.cache_bytes)}"
     prompts = "" if plan.batch == 1 else f"{plan.batch} prompts · "
     facts = f"{plan.model} · {prompts}{plan.max_new_tokens:,} new tokens · {str(plan.dtype).removeprefix('torch.')}"
+    if plan.codec != "native":
+        facts += f" · {plan.codec}"
     if not near:
         facts += f" · budget {readable_bytes(plan.budget_bytes)}, far above"
     headline(figure, title, facts)

@@ -42,16 +42,16 @@ def write_what_can_be_written() -> None:
 
 def stderr_console() -> Console:
     """A console for stderr as it is now."""
-    from rich.console import Console
+    from kvloom.cli.console import PlainConsole
 
-    return Console(file=sys.stderr, highlight=False)
+    return PlainConsole(file=sys.stderr, highlight=False)
 
 
 def stdout_console() -> Console:
     """A console for stdout as it is now."""
-    from rich.console import Console
+    from kvloom.cli.console import PlainConsole
 
-    return Console(file=sys.stdout, highlight=False)
+    return PlainConsole(file=sys.stdout, highlight=False)
 
 
 def titled_console(title: str, *facts: str) -> Console:

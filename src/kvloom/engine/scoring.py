@@ -160,7 +160,7 @@ class CachedScorer:
         return Scored([_checked(own) for own in self._logprobs], usage)
 
     def _regimes(self) -> Iterator[tuple[Hashable, list[int]]]:
-        """The continuations by the rotary regime of their whole sequence; almost always it is one for all."""
+        """The continuations by the rotary regime of what is run of them; almost always it is one for all."""
         regimes = [self._binding.regime(len(self._prompt_ids) + length) for length in self._lengths]
         for regime in dict.fromkeys(regimes):
             yield regime, [index for index, own in enumerate(regimes) if own == regime]

@@ -146,5 +146,7 @@ def _checked(pins: object) -> tuple[Stretch, ...]:
         ) from None
     for first, end in spans:
         check_count("pins", first, least=0)
-        check_count("pins", end, least=first + 1)
+        check_count("pins", end, least=0)
+        if end <= first:
+            raise InvalidRequest(f"`pins` has the span ({first}, {end}), which holds no token. Let it end later.")
     return tuple(sorted(spans))
