@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kvloom.attention import Plan
-from kvloom.cache import CacheLayout, Store
+from kvloom.cache import AnyStore, CacheLayout
 from kvloom.models.native.decoder import LayerRunner, NativeModel, WeightOf
 from kvloom.models.native.proof import Recording, Runs, as_factors, is_near, prove_whole, record
 from kvloom.models.native.recognise import (
@@ -185,7 +185,7 @@ class NativePath:
         return self._whole if self._untouched else None
 
     @contextmanager
-    def layers(self, plan: Plan, store: Store) -> Iterator[None]:
+    def layers(self, plan: Plan, store: AnyStore) -> Iterator[None]:
         """Within the block the recognised layers' modules run in kernels."""
         runner = self._runner
         if runner is None:
@@ -204,7 +204,7 @@ class NativePath:
             for attributes in changed:
                 del attributes["forward"]
 
-    def _forward_of(self, runner: LayerRunner, place: int, plan: Plan, store: Store) -> Callable[..., Tensor]:
+    def _forward_of(self, runner: LayerRunner, place: int, plan: Plan, store: AnyStore) -> Callable[..., Tensor]:
         def forward(hidden_states: Tensor, *_: Any, position_embeddings: Any = None, **__: Any) -> Tensor:
             factors = as_factors(position_embeddings)
             assert factors is not None, "the layer was proven with factors for each half"
