@@ -158,30 +158,17 @@ struct NativeOrder {
     }
 };
 
-// One head's part of a block that is full now becomes codes.
-template <class Element>
-void seal(const DecoderLayer& layer, const KeysValues& kept, const KeysValues& native, const std::int64_t* from, std::int64_t block, std::int64_t head) {
-    const Sealed &keys = kept.sealed[0], &values = kept.sealed[1];
-    const std::int64_t tokens = keys.block_tokens, dim = layer.dim, slot = block * tokens;
-    const auto rows_of = [&](const void* numbers) {
-        return [=, first = static_cast<const Element*>(numbers) + head * native.stride](std::int64_t i) { return first + from[i] * dim; };
-    };
-    seal_keys(tokens, dim, keys.codes + head * keys.codes_head_stride + slot * dim,
-              keys.scales + head * keys.scales_head_stride + block * dim, rows_of(native.keys));
-    seal_values(tokens, dim, values.codes + head * values.codes_head_stride + slot * dim,
-                values.scales + head * values.scales_head_stride + slot, rows_of(native.values));
-}
-
 // From the native order into codes and open blocks. Nothing that was there is changed, so that a step can be taken back.
 template <class Element> void land(const DecoderLayer& layer, const KeysValues& kept, const KeysValues& native, const LayersStep& step) {
     const Landing& landing = step.groups[layer.group].landing;
     const std::int64_t parts = landing.filled * layer.kv_heads;
+    const Numbers numbers{native.keys, native.values, native.stride, native.stride, layer.dim, layer.dim};
     share(parts + landing.open, [&](std::int64_t i) {
         if (i >= parts)
             return copy_slot<Element>(native, landing.earlier + landing.open_rows[i - parts], kept, landing.open_slots[i - parts], layer);
         const std::int64_t block = i / layer.kv_heads;
-        seal<Element>(layer, kept, native, landing.filled_from + block * kept.sealed[0].block_tokens, landing.filled_blocks[block],
-                      i % layer.kv_heads);
+        seal<Element>(kept.sealed, numbers, landing.filled_from + block * kept.sealed[0].block_tokens,
+                      landing.filled_blocks[block], i % layer.kv_heads);
     });
 }
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "attention.h"
 #include "small.h"
 
 namespace kvloom {
@@ -55,6 +56,28 @@ void seal_values(std::int64_t tokens, std::int64_t dim, std::int8_t* codes, bf16
             put_codes(codes + token * dim + d, get(row(token) + d, count), own, count);
         });
     }
+}
+
+// Keys and values that are still numbers, [kv_heads, tokens, dim] with strides in elements from head to head.
+struct Numbers {
+    const void *keys, *values;
+    std::int64_t key_head_stride, value_head_stride, key_dim, value_dim;
+};
+
+// One head's part of a block, whose tokens stand at the places `from`, becomes codes. `kept`: of keys and of values.
+template <class Element>
+void seal(const Sealed* kept, const Numbers& numbers, const std::int64_t* from, std::int64_t block, std::int64_t head) {
+    const Sealed &keys = kept[0], &values = kept[1];
+    const std::int64_t tokens = keys.block_tokens, slot = block * tokens;
+    const auto rows_of = [&](const void* first, std::int64_t stride, std::int64_t dim) {
+        return [=, rows = static_cast<const Element*>(first) + head * stride](std::int64_t i) { return rows + from[i] * dim; };
+    };
+    seal_keys(tokens, numbers.key_dim, keys.codes + head * keys.codes_head_stride + slot * numbers.key_dim,
+              keys.scales + head * keys.scales_head_stride + block * numbers.key_dim,
+              rows_of(numbers.keys, numbers.key_head_stride, numbers.key_dim));
+    seal_values(tokens, numbers.value_dim, values.codes + head * values.codes_head_stride + slot * numbers.value_dim,
+                values.scales + head * values.scales_head_stride + slot,
+                rows_of(numbers.values, numbers.value_head_stride, numbers.value_dim));
 }
 
 }  // namespace kvloom
