@@ -401,6 +401,6 @@ def make_store(layout: CacheLayout, blocks: int, device: torch.device) -> AnySto
 
 
 def _library_for(store: Tensor) -> Library | None:
-    """The native kernels, if there are any and they can work on tensors such as this; else PyTorch's operators serve."""
+    """The native kernels, if there are any and they can work on such tensors; else PyTorch's operators serve."""
     library = native() if type(store) is Tensor and store.device.type == "cpu" else None
     return library if isinstance(library, Library) and store.dtype in library.dtypes else None

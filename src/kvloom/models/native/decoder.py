@@ -73,7 +73,9 @@ class LayerRunner:
         self._kept: tuple[weakref.ref[AnyStore], KeysValues] | None = None
         self.scratch = self._layers.scratch
 
-    def run_layer(self, place: int, rows: Tensor, plan: Plan, store: AnyStore, factors: tuple[Tensor, Tensor]) -> Tensor:
+    def run_layer(
+        self, place: int, rows: Tensor, plan: Plan, store: AnyStore, factors: tuple[Tensor, Tensor]
+    ) -> Tensor:
         """Take `rows`, [rows, hidden], through one layer; keys and values go into the store.
 
         Args:
