@@ -136,7 +136,7 @@ def land(written: Sequence[Written], device: torch.device | str) -> Landing:
         kept.append(own.earlier_slots)
         if own.fills:
             filled, index = own.filled
-            blocks.append(filled)
+            blocks.append(filled.astype(np.int64))
             sources.append(native_order(own, before, first_row)[index].ravel())
         # Of the tokens in the block that stays open, the new ones.
         if fresh := min(own.new, len(own.open_slots)):
@@ -147,7 +147,7 @@ def land(written: Sequence[Written], device: torch.device | str) -> Landing:
     # One tensor, and so one copy to a device.
     lengths = [sum(map(len, parts)) for parts in (kept, blocks, sources, rows, slots)]
     numbers = torch.from_numpy(np.concatenate([*kept, *blocks, *sources, *rows, *slots])).to(device)
-    earlier_slots, filled_blocks, filled_from, open_rows, open_slots = numbers.split(lengths)
+    earlier_slots, filled_blocks, filled_from, open_rows, open_slots = numbers.split_with_sizes(lengths)
     block_tokens = written[0].block_tokens if written else 1
     return Landing(earlier_slots, filled_blocks, filled_from.view(-1, block_tokens), open_rows, open_slots)
 
