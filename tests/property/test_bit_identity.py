@@ -34,12 +34,29 @@ def _binding(family: str, dtype: torch.dtype):
 
 
 @cache
-def _expected(family: str, dtype: torch.dtype, tokens: int) -> tuple[list[int], Tensor]:
-    """Greedy tokens and their logits, without a cache, alone, on one thread."""
+def _expected(
+    family: str, dtype: torch.dtype, tokens: int, codec: str = "native", block_tokens: int = 16
+) -> tuple[list[int], Tensor]:
+    """Greedy tokens and their logits, without a cache, alone, on one thread.
+
+    Under int8 the tokens are those of one run, and the logits those of one chunk over all before each, on a cold cache.
+    """
+    options = {"max_new_tokens": NEW, "eos_token_id": None, "output_logits": True}
+    binding, prompt = _binding(family, dtype), PROMPT[:tokens]
     with _threads(1):
-        lm = LanguageModel(Engine(_binding(family, dtype), budget_bytes=1 << 20), None, None)
-        out = lm.generate(PROMPT[:tokens], max_new_tokens=NEW, eos_token_id=None, output_logits=True, use_cache=False)
-    return out.token_ids, out.logits
+        if codec == "native":
+            lm = LanguageModel(Engine(binding, budget_bytes=1 << 20), None, None)
+            out = lm.generate(prompt, use_cache=False, **options)
+            return out.token_ids, out.logits
+        kept = {"budget_bytes": 1 << 20, "block_tokens": block_tokens, "codec": codec}
+        out = LanguageModel(Engine(binding, **kept), None, None).generate(prompt, **options)
+        wholes = [[*prompt, *out.token_ids[:step]] for step in range(NEW)]
+        return out.token_ids, torch.stack([_in_one_chunk(Engine(binding, **kept), own) for own in wholes])
+
+
+def _in_one_chunk(engine: Engine, token_ids: list[int]) -> Tensor:
+    """The logits behind `token_ids`."""
+    return LanguageModel(engine, None, None).extend(None, token_ids).logits[-1]
 
 
 @contextmanager
@@ -62,6 +79,7 @@ def _same_bits(found: Tensor, expected: Tensor) -> bool:
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     tokens=st.integers(2, len(PROMPT)),
     step_tokens=st.integers(1, 80),
+    codec=st.sampled_from(["native", "int8"]),
     block_tokens=st.sampled_from([1, 3, 16]),
     warm=st.integers(0, len(PROMPT)),
     mates=st.lists(st.integers(1, 40), max_size=3),
@@ -74,6 +92,7 @@ def test_greedy_logits_are_the_same_bits_whatever_surrounds_them(
     dtype: torch.dtype,
     tokens: int,
     step_tokens: int,
+    codec: str,
     block_tokens: int,
     warm: int,
     mates: list[int],
@@ -81,8 +100,10 @@ def test_greedy_logits_are_the_same_bits_whatever_surrounds_them(
     fragments: list[int],
     use_cache: bool,
 ) -> None:
-    expected_ids, expected = _expected(family, dtype, tokens)
-    engine = Engine(_binding(family, dtype), budget_bytes=1 << 21, block_tokens=block_tokens, step_tokens=step_tokens)
+    use_cache |= codec != "native"  # without a cache nothing is sealed
+    expected_ids, expected = _expected(family, dtype, tokens, codec, block_tokens)
+    kept = {"budget_bytes": 1 << 21, "block_tokens": block_tokens, "codec": codec}
+    engine = Engine(_binding(family, dtype), step_tokens=step_tokens, **kept)
     lm = LanguageModel(engine, None, None)
     with _threads(threads):
         # Contexts of which every other one is dropped leave holes in the pool; a warm prefix may end anywhere.
@@ -106,12 +127,13 @@ def test_greedy_logits_are_the_same_bits_whatever_surrounds_them(
     beams=st.integers(2, 6),
     step_tokens=st.integers(1, 80),
     threads=st.integers(1, 2),
+    codec=st.sampled_from(["native", "int8"]),
 )
 def test_beams_have_the_logits_that_their_tokens_have_alone(
-    family: str, dtype: torch.dtype, tokens: int, beams: int, step_tokens: int, threads: int
+    family: str, dtype: torch.dtype, tokens: int, beams: int, step_tokens: int, threads: int, codec: str
 ) -> None:
     binding = _binding(family, dtype)
-    lm = LanguageModel(Engine(binding, budget_bytes=1 << 21, step_tokens=step_tokens), None, None)
+    lm = LanguageModel(Engine(binding, budget_bytes=1 << 21, step_tokens=step_tokens, codec=codec), None, None)
     with _threads(threads):
         found = lm.beam_search(
             PROMPT[:tokens],
@@ -125,7 +147,10 @@ def test_beams_have_the_logits_that_their_tokens_have_alone(
         for step in {0, len(own.token_ids) - 1}:
             whole = [*PROMPT[:tokens], *own.token_ids[:step]]
             with _threads(1):
-                alone = binding.forward_uncached(torch.tensor([whole]))[0, -1]
+                if codec == "int8":
+                    alone = _in_one_chunk(Engine(binding, budget_bytes=1 << 20, codec=codec), whole)
+                else:
+                    alone = binding.forward_uncached(torch.tensor([whole]))[0, -1]
             assert _same_bits(own.logits[step], alone)
 
 
@@ -201,3 +226,33 @@ def test_scored_continuations_have_the_logprobs_that_they_have_without_a_cache(
     cached = lm.score(continuations, prompt=PROMPT[:tokens])
     uncached = lm.score(continuations, prompt=PROMPT[:tokens], use_cache=False)
     assert [own.token_logprobs for own in cached] == [own.token_logprobs for own in uncached]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    family=st.sampled_from(FAMILIES[:4]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    cut=st.integers(1, 60),
+    more=st.integers(1, 40),
+    step_tokens=st.integers(1, 80),
+    threads=st.integers(1, 2),
+)
+def test_a_context_that_is_cut_inside_a_sealed_block_goes_on_with_the_same_bits_in_any_chunks(
+    family: str, dtype: torch.dtype, cut: int, more: int, step_tokens: int, threads: int
+) -> None:
+    """The codes of what was cut stay, so the reference is the same cut, gone on from in one chunk on one thread."""
+    binding = _binding(family, dtype)
+    others = [(5 * i + 1) % 131 for i in range(more)]
+    found = []
+    for chunk, count in ((80, 1), (step_tokens, threads)):
+        lm = LanguageModel(Engine(binding, budget_bytes=1 << 20, codec="int8", step_tokens=chunk), None, None)
+        with _threads(count):
+            whole = lm.prefill(PROMPT[:64])
+            context, logits = whole.truncate(cut), []
+            for first in range(0, more, chunk):
+                step = lm.extend(context, others[first : min(more, first + chunk)])
+                context = step.context
+                logits.append(step.logits)
+            again = lm.extend(whole, others).logits
+        found.append((torch.cat(logits), again))
+    assert all(_same_bits(one, other) for one, other in zip(*found, strict=True))

@@ -64,7 +64,7 @@ class NativeAttention:
         sealed: npt.NDArray[np.int64] | None = None
         if isinstance(keys, MixedKept):
             assert isinstance(values, MixedKept), "keys and values are kept alike"
-            sealed = np.array([*_facts(keys.sealed), *_facts(values.sealed)], dtype=np.int64)
+            sealed = np.array(sealed_facts(keys.sealed, values.sealed), dtype=np.int64)
             keys, values = keys.native, values.native
         assert isinstance(values, Tensor), "keys and values are kept alike"
         assert queries.dtype == keys.dtype == values.dtype, "the kernels read all three as one dtype"
@@ -114,11 +114,14 @@ class NativeAttention:
         return wanted
 
 
-def _facts(sealed: Sealed) -> tuple[int, ...]:
-    """The fields of `struct Sealed` in `native/src/attention.h`."""
-    codes, scales = sealed.codes, sealed.scales
-    by_block = sealed.block_tokens if scales.dim() == 3 else 0
-    return codes.data_ptr(), codes.stride(0), scales.data_ptr(), scales.stride(0), by_block
+def sealed_facts(*kept: Sealed) -> list[int]:
+    """Of each the fields of `struct Sealed` in `native/src/attention.h`."""
+    facts: list[int] = []
+    for own in kept:
+        codes, scales = own.codes, own.scales
+        by_block = own.block_tokens if scales.dim() == 3 else 0
+        facts += [codes.data_ptr(), codes.stride(0), scales.data_ptr(), scales.stride(0), by_block]
+    return facts
 
 
 @cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -164,8 +165,8 @@ def _own_blocks(sources: Sequence[Source]) -> list[tuple[int, int, int]]:
     """Of each source: the first position in the blocks that the step writes, and where in native order it and the first
     new token stand."""
     earlier = [0 if source.written is None else source.written.earlier for source in sources]
-    before = np.cumsum([0, *earlier])
+    *before, total = accumulate(earlier, initial=0)
     return [
-        (source.first_position - own, int(start), int(before[-1]) + source.first_row)
-        for source, own, start in zip(sources, earlier, before[:-1], strict=True)
+        (source.first_position - own, start, total + source.first_row)
+        for source, own, start in zip(sources, earlier, before, strict=True)
     ]

@@ -70,12 +70,16 @@ class Written:
     @classmethod
     def of(cls, runs: Runs, new: int, pool: BlockPool, block_tokens: int) -> Written:
         """What a step wrote that has extended a table of `runs` by `new` tokens and is not yet committed."""
-        first_new = int(runs[-1, FIRST] + runs[-1, COUNT]) - new
-        ends = runs[:, FIRST] + runs[:, COUNT]
-        block = runs[int(np.searchsorted(ends, first_new, side="right")), BLOCK]
-        own = runs[int(np.flatnonzero(runs[:, BLOCK] == block)[0]) :]
         assert pool.open_blocks is not None, "only a pool that counts places has open blocks"
         places = pool.open_blocks
+        own = _written_runs(runs, new)
+        block, offset, count, _ = own[0].tolist()
+        if len(own) == 1 and places.is_open(block):
+            # So it is in most decode steps, where what NumPy needs to begin with would cost more than all the rest.
+            start = places.place(block) * block_tokens + offset
+            slots = np.arange(start, start + count)
+            still_open = offset + count < block_tokens
+            return cls(own, new, slots[: count - new], slots if still_open else slots[:0], block_tokens)
 
         def arena_slots(some: Runs) -> Slots:
             moved = some.copy()
@@ -83,7 +87,7 @@ class Written:
             return expand_runs(moved, block_tokens)
 
         earlier = int(own[:, COUNT].sum()) - new
-        first = own[own[:, BLOCK] == block]
+        first = own[own[:, BLOCK] == own[0, BLOCK]]
         last = own[own[:, BLOCK] == own[-1, BLOCK]]
         return cls(
             runs=own,
@@ -106,6 +110,11 @@ class Written:
         return np.repeat(np.cumsum(np.diff(self.runs[:, BLOCK], prepend=self.runs[0, BLOCK]) != 0), self.runs[:, COUNT])
 
     @property
+    def fills(self) -> bool:
+        """Whether any of these blocks is full now."""
+        return len(self.runs) > 1 or not len(self.open_slots)
+
+    @property
     def filled(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         """int32[filled] block ids, and int64[filled, block_tokens]: the index among these tokens of each slot's."""
         blocks = self.runs[np.flatnonzero(np.diff(self.runs[:, BLOCK], prepend=-1)), BLOCK]
@@ -121,29 +130,36 @@ class Written:
 def land(written: Sequence[Written], device: torch.device | str) -> Landing:
     """The landing of a step, from what it writes of each table, in the order of the ragged row."""
     earlier = sum(own.earlier for own in written)
-    blocks, sources, rows, slots = [], [], [], []
+    kept, blocks, sources, rows, slots = ([np.empty(0, dtype=np.int64)] for _ in range(5))
     before, first_row = 0, earlier
     for own in written:
-        order = native_order(own, before, first_row)
-        filled, index = own.filled
-        blocks.append(filled)
-        sources.append(order[index])
+        kept.append(own.earlier_slots)
+        if own.fills:
+            filled, index = own.filled
+            blocks.append(filled.astype(np.int64))
+            sources.append(native_order(own, before, first_row)[index].ravel())
         # Of the tokens in the block that stays open, the new ones.
-        fresh = min(own.new, len(own.open_slots))
-        rows.append(first_row - earlier + np.arange(own.new - fresh, own.new))
-        slots.append(own.open_slots[len(own.open_slots) - fresh :])
+        if fresh := min(own.new, len(own.open_slots)):
+            end = first_row - earlier + own.new
+            rows.append(np.arange(end - fresh, end))
+            slots.append(own.open_slots[-fresh:])
         before, first_row = before + own.earlier, first_row + own.new
+    # One tensor, and so one copy to a device.
+    lengths = [sum(map(len, parts)) for parts in (kept, blocks, sources, rows, slots)]
+    numbers = torch.from_numpy(np.concatenate([*kept, *blocks, *sources, *rows, *slots])).to(device)
+    earlier_slots, filled_blocks, filled_from, open_rows, open_slots = numbers.split_with_sizes(lengths)
+    block_tokens = written[0].block_tokens if written else 1
+    return Landing(earlier_slots, filled_blocks, filled_from.view(-1, block_tokens), open_rows, open_slots)
 
-    def tensor(parts: Sequence[npt.NDArray[np.integer]]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)
 
-    return Landing(
-        earlier_slots=tensor([own.earlier_slots for own in written]),
-        filled_blocks=tensor(blocks),
-        filled_from=tensor(sources),
-        open_rows=tensor(rows),
-        open_slots=tensor(slots),
-    )
+def _written_runs(runs: Runs, new: int) -> Runs:
+    """All runs that lie in the blocks of the last `new` tokens."""
+    if new <= runs[-1, COUNT] and (len(runs) == 1 or runs[-2, BLOCK] != runs[-1, BLOCK]):
+        return runs[-1:]
+    first_new = int(runs[-1, FIRST] + runs[-1, COUNT]) - new
+    ends = runs[:, FIRST] + runs[:, COUNT]
+    block = runs[int(np.searchsorted(ends, first_new, side="right")), BLOCK]
+    return runs[int(np.flatnonzero(runs[:, BLOCK] == block)[0]) :]
 
 
 def native_order(own: Written, before: int, first_row: int) -> Slots:

@@ -19,7 +19,7 @@ from kvloom.cache.landing import Landing
 from kvloom.cache.layout import CacheLayout, LayerGroup
 from kvloom.cache.placement import Stored
 from kvloom.native import Library, native
-from kvloom.native.rows import RowWriter, SlotCopier
+from kvloom.native.rows import BlockSealer, RowWriter, SlotCopier
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ class Store:
         self.values = [allocate(layer.kv_heads, layer.value_dim) for layer in layout.layers]
         self.bounds = _bounds(layout, blocks, device)
 
-        self._writer = _writer(self.keys[0]) if self.keys else None
+        library = _library_for(self.keys[0]) if self.keys else None
+        self._writer = None if library is None else RowWriter(library)
         self._copiers: dict[LayerGroup, SlotCopier] = {}
 
     @property
@@ -260,6 +261,7 @@ class Int8Store:
         self.sealed_values = [
             Sealed(codes(own.kv_heads, own.value_dim), scales(own.kv_heads, blocks * size), 1) for own in layout.layers
         ]
+        self._sealers = self._make_sealers()
 
     @property
     def allocated_bytes(self) -> int:
@@ -329,8 +331,23 @@ class Int8Store:
             gathered = tensor.index_select(1, landing.filled_from.flatten())
             return gathered.view(tensor.shape[0], *landing.filled_from.shape, tensor.shape[2])
 
-        self._put(layer, landing.filled_blocks, blocks_of(keys), blocks_of(values))
+        if self._sealers:
+            self._sealers[layer].seal(keys, values, landing.filled_blocks, landing.filled_from)
+        else:
+            self._put(layer, landing.filled_blocks, blocks_of(keys), blocks_of(values))
         self._bound(layer, landing.filled_blocks)
+
+    def _make_sealers(self) -> list[BlockSealer]:
+        """The native kernels, a layer each, if there are any for tensors such as these."""
+        library = _library_for(self.open.keys[0]) if self.open.keys else None
+        if library is None:
+            return []
+        both = zip(self.sealed_keys, self.sealed_values, strict=True)
+        size = self.layout.block_tokens
+        return [
+            BlockSealer(library, (keys.codes, keys.scales), (values.codes, values.scales), size)
+            for keys, values in both
+        ]
 
     def _put(self, layer: int, blocks: Tensor, keys: Tensor, values: Tensor) -> None:
         """Encode the content of int64[n] blocks, [kv_heads, n, tokens, dim]."""
@@ -383,7 +400,7 @@ def make_store(layout: CacheLayout, blocks: int, device: torch.device) -> AnySto
     return Int8Store(layout, blocks, device) if layout.seals else Store(layout, blocks, device)
 
 
-def _writer(store: Tensor) -> RowWriter | None:
-    """The native kernel, if there is one and it can work on tensors such as this; None if PyTorch's operator serves."""
+def _library_for(store: Tensor) -> Library | None:
+    """The native kernels, if there are any and they can work on such tensors; else PyTorch's operators serve."""
     library = native() if type(store) is Tensor and store.device.type == "cpu" else None
-    return RowWriter(library) if isinstance(library, Library) and store.dtype in library.dtypes else None
+    return library if isinstance(library, Library) and store.dtype in library.dtypes else None

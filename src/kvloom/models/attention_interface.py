@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvloom.attention import Plan, Wanted, torch_ops
 from kvloom.attention.native import NativeAttention, kernels_for
 from kvloom.attention.turn import Turn
-from kvloom.cache import AnyStore, CacheLayout, MixedKept, Store
+from kvloom.cache import AnyStore, CacheLayout, MixedKept
 from kvloom.errors import ModelError, UnsupportedModel
 from kvloom.models.binding import Regime
 from kvloom.models.hosted import HostedModel
@@ -154,7 +154,6 @@ class AttentionInterfaceBinding(HostedModel):
             if (
                 self.native is None
                 or any(media)
-                or not isinstance(store, Store)
                 or not self._kernels_for(store)[1]
                 or any(group.observation is not None or group.chooses for group in plan.groups)
             ):
@@ -172,7 +171,7 @@ class AttentionInterfaceBinding(HostedModel):
         """The kernels that attend in a store, and whether it is all that a native model needs to know of it."""
         if self._seen_store is None or self._seen_store[0]() is not store:
             kernels = kernels_for(store)
-            own = isinstance(store, Store) and store.keys[0].dtype == self.dtype
+            own = store.layout.dtype == self.dtype
             plain = kernels is not None and own and all(bounds is None for bounds in store.bounds)
             self._seen_store = weakref.ref(store), kernels, plain
         return self._seen_store[1:]

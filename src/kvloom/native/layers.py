@@ -11,6 +11,7 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -43,11 +44,20 @@ class _Layer(ctypes.Structure):
 
 
 class _KeysValues(ctypes.Structure):
-    _fields_ = (("keys", c_void_p), ("values", c_void_p), ("stride", c_int64))
+    _fields_ = (("keys", c_void_p), ("values", c_void_p), ("stride", c_int64), ("sealed", c_int64 * 10))
+
+
+LANDING = ("earlier_slots", "filled_blocks", "filled_from", "open_rows", "open_slots")
+LANDED = ("earlier_slots", "filled_blocks", "open_rows")
+"""Those of which the library is told how many there are."""
+
+
+class _Landing(ctypes.Structure):
+    _fields_ = (*((name, c_void_p) for name in LANDING), *(("number_of_" + name, c_int64) for name in LANDED))
 
 
 class _Group(ctypes.Structure):
-    _fields_ = (("slots", c_void_p), ("schedule", c_void_p), ("turn", c_void_p))
+    _fields_ = (("slots", c_void_p), ("landing", _Landing), ("schedule", c_void_p), ("turn", c_void_p))
 
 
 BUFFERS = ("hidden", "normed", "query", "key", "value", "attended", "gate", "up")
@@ -145,17 +155,32 @@ class LayerWeights:
         return self.query.packed.inner
 
 
+class Landing(Protocol):
+    """Where new tokens land where full blocks are sealed: int64 tensors, see `cache.landing`."""
+
+    @property
+    def earlier_slots(self) -> Tensor: ...
+    @property
+    def filled_blocks(self) -> Tensor: ...
+    @property
+    def filled_from(self) -> Tensor: ...
+    @property
+    def open_rows(self) -> Tensor: ...
+    @property
+    def open_slots(self) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class GroupStep:
     """What the layers of one group write and read in a pass.
 
     Attributes:
-        slots: int64[rows], where each row's keys and values go.
+        writes: where the rows' keys and values go: int64[rows] slots, or a landing where full blocks are sealed.
         schedule: address of the attention schedule; see `attention.schedule`.
         turn: address of how queries are turned back; None if none is.
     """
 
-    slots: Tensor
+    writes: Tensor | Landing
     schedule: int
     turn: int | None = None
 
@@ -248,14 +273,22 @@ class NativeLayers:
             for layer in layers
         )
 
-    def keys_values(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> KeysValues:
-        """A store's tensors as `run` wants them: keys and values [kv_heads, slots, dim] of each layer."""
+    def keys_values(
+        self, keys: Sequence[Tensor], values: Sequence[Tensor], sealed: Sequence[Sequence[int]] = ()
+    ) -> KeysValues:
+        """A store's tensors as `run` wants them: keys and values [kv_heads, slots, dim] of each layer.
+
+        Args:
+            sealed: where full blocks are sealed, for each layer the fields of `struct Sealed` in `src/attention.h`, of
+                keys and of values; then `keys` and `values` hold the open blocks.
+        """
         for own_keys, own_values in zip(keys, values, strict=True):
             assert own_keys.stride() == own_values.stride() and own_keys.stride(2) == 1, "keys and values lie alike"
+        facts = sealed or [()] * len(keys)
         arguments = (_KeysValues * len(keys))(
             *(
-                _KeysValues(own_keys.data_ptr(), own_values.data_ptr(), own_keys.stride(0))
-                for own_keys, own_values in zip(keys, values, strict=True)
+                _KeysValues(own_keys.data_ptr(), own_values.data_ptr(), own_keys.stride(0), (c_int64 * 10)(*own))
+                for own_keys, own_values, own in zip(keys, values, facts, strict=True)
             )
         )
         return KeysValues(arguments, (*keys, *values))
@@ -275,7 +308,7 @@ class NativeLayers:
 
         Args:
             factors: cosines and sines, float32[rows, dim / 2].
-            memory: address of what attention works in.
+            memory: address of what attention works in, behind the native order where full blocks are sealed.
         """
         for name, own in zip(FACTORS, factors, strict=True):
             self.scratch[name][:rows] = own
@@ -319,7 +352,7 @@ class NativeLayers:
         assert rows <= self.scratch.rows, "the scratch has room for the rows"
         return _Step(
             **{name: self.scratch[name].data_ptr() for name in (*BUFFERS, *FACTORS)},
-            groups=(_Group * len(groups))(*(_Group(own.slots.data_ptr(), own.schedule, own.turn) for own in groups)),
+            groups=(_Group * len(groups))(*map(_group_arguments, groups)),
             memory=memory,
             rows=rows,
             dtype=DTYPES[self._dtype],
@@ -331,6 +364,20 @@ class NativeLayers:
         places = ctypes.addressof(kept.arguments) + first * ctypes.sizeof(_KeysValues)
         failed: int = self._run(layers, places, count, step, ends)
         return failed
+
+
+def native_order_bytes(landing: Landing, dtype: torch.dtype, *, rows: int, kv_heads: int, dim: int) -> int:
+    """How many bytes of its memory a layer takes for the tokens of the blocks that a step writes, in native order."""
+    numbers = kv_heads * (len(landing.earlier_slots) + rows) * dim
+    return 2 * -(-numbers * dtype.itemsize // 64) * 64
+
+
+def _group_arguments(group: GroupStep) -> _Group:
+    if isinstance(writes := group.writes, Tensor):
+        return _Group(slots=writes.data_ptr(), schedule=group.schedule, turn=group.turn)
+    tensors = [getattr(writes, name) for name in LANDING]
+    counts = [len(getattr(writes, name)) for name in LANDED]
+    return _Group(None, _Landing(*(own.data_ptr() for own in tensors), *counts), group.schedule, group.turn)
 
 
 def _ends_arguments(ends: EndWeights, dim: int) -> _Ends:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvloom.native.library import Library
+from kvloom.native.linear import DTYPES
 
 
 class RowWriter:
@@ -75,3 +76,59 @@ class SlotCopier:
         numbers = np.array(copies, dtype=np.int64).reshape(-1, 3)
         threads = torch.get_num_threads()
         self._copy(self._arguments, len(self._tensors), numbers.ctypes.data, len(numbers), threads)
+
+
+class _Sealed(ctypes.Structure):
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("codes_head_stride", ctypes.c_int64),
+        ("scales", ctypes.c_void_p),
+        ("scales_head_stride", ctypes.c_int64),
+        ("block_tokens", ctypes.c_int64),
+    )
+
+
+class _Numbers(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("keys", "values")),
+        *((name, ctypes.c_int64) for name in ("key_head_stride", "value_head_stride", "key_dim", "value_dim")),
+    )
+
+
+class BlockSealer:
+    """Makes codes of one layer's full blocks, by a function of the native library.
+
+    Args:
+        keys, values: codes int8[kv_heads, slots, dim] of each, and scales, of keys [kv_heads, blocks, dim], of values
+            [kv_heads, slots].
+    """
+
+    def __init__(
+        self, library: Library, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor], block_tokens: int
+    ) -> None:
+        self._seal = library.function(
+            "kvloom_seal",
+            *(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(_Numbers), ctypes.c_int64),
+            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int),
+        )
+        self._kept = (keys, values)
+        self._arguments = (_Sealed * 2)(
+            *(
+                _Sealed(codes.data_ptr(), codes.stride(0), scales.data_ptr(), scales.stride(0), own)
+                for (codes, scales), own in ((keys, block_tokens), (values, 0))
+            )
+        )
+
+    def seal(self, keys: Tensor, values: Tensor, blocks: Tensor, source: Tensor) -> None:
+        """Seal some blocks.
+
+        Args:
+            keys, values: [kv_heads, tokens, dim], contiguous, of one dtype.
+            blocks: int64[n]. source: int64[n, tokens of a block], which of the tokens each block is made of.
+        """
+        assert keys.is_contiguous() and values.is_contiguous() and source.is_contiguous(), "read by address"
+        sizes = (keys.stride(0), values.stride(0), keys.shape[2], values.shape[2])
+        self._seal(
+            *(DTYPES[keys.dtype], self._arguments, _Numbers(keys.data_ptr(), values.data_ptr(), *sizes), len(keys)),
+            *(blocks.data_ptr(), source.data_ptr(), len(blocks), torch.get_num_threads()),
+        )

@@ -55,8 +55,10 @@ def verify(
     told: str | None = None
     cost: Cost | None = None
     movement: float | None = None
+    bit_identical = False
     if engine.cache is not None:
-        compared = _Checks(Runs(make, engine, read, shape, seed, on_progress))
+        compared = _Checks(runs := Runs(make, engine, read, shape, seed, on_progress))
+        bit_identical = runs.bit_identical
         checks, cost = compared.all(), compared.cost
         if any(check.verdict == "failed" for check in checks):
             movement = compared.movement()
@@ -71,7 +73,7 @@ def verify(
         max_new_tokens=shape.new_tokens,
         seed=seed,
         num_beams=NUM_BEAMS,
-        bit_identical=binding.bit_identical and bool(checks) and cost is None,
+        bit_identical=bit_identical,
         cost=cost,
         checks=checks,
         retention=told,
@@ -133,7 +135,7 @@ class _Checks:
             self.warm_prefix(),
             self.chunks(),
             self.batch(),
-            *([self.own()] if self._runs.bit_identical else []),
+            *([self.own()] if self._runs.binding.bit_identical and not self._runs.lossy else []),
         )
 
     def greedy(self) -> Check:
@@ -260,7 +262,9 @@ class _Checks:
 
     def _codes_on_a_border(self) -> float:
         """By how much logits may differ because a number lies on the border of two codes."""
-        return 0.0 if self.cost is None else self._runs.share_of_cost * self.cost.max_difference
+        if self.cost is None or self._runs.bit_identical:
+            return 0.0
+        return self._runs.share_of_cost * self.cost.max_difference
 
     def _check(
         self,

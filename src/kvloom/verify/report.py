@@ -163,7 +163,8 @@ class Report:
         prompt_tokens: length of each prompt.
         source_tokens: of each source, of an encoder-decoder model.
         max_new_tokens, seed, num_beams: as they were used.
-        bit_identical: whether every operation of the model is native, so that the cache must not change a bit.
+        bit_identical: whether every operation is native, so that neither the cache nor, under a lossy codec, chunks,
+            batch mates and beams may change a bit.
         cost: of a lossy codec, which is measured and no failure; else None.
         checks: in the order in which they ran; empty if there is no cache to verify, and then `note` says why.
         retention: what the model's retention policy does to such output, in a sentence; None without one.
@@ -207,11 +208,11 @@ class Report:
         share = max((check.relative_tolerance for check in self.checks), default=0.0)
         borders = any(check.tolerance > 1.001 * check.relative_tolerance * check.scale for check in self.checks)
         codes = f", and what a number on the border of two {self.codec} codes may make" if borders else ""
-        native = "same bits where every operation is native, else " if self.bit_identical else ""
+        native = ["same bits where every operation is native"] if self.bit_identical else []
+        other = [f"{share:g} of the largest |logit|{codes}"] if share or not native else []
         return (
             "margin: how far the reference was from another choice. max |Δ|: largest difference of logits; tolerance: "
-            f"{native}{share:g} of the largest |logit|{codes}. Near tie: a difference so small turned a margin as "
-            "small."
+            f"{', else '.join(native + other)}. Near tie: a difference so small turned a margin as small."
         )
 
     def summary(self) -> str:

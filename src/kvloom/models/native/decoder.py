@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from kvloom.attention import GroupPlan, Plan
-from kvloom.attention.native import kernels
+from kvloom.attention.native import kernels, sealed_facts
 from kvloom.attention.source import Source
 from kvloom.attention.turn import Turn
-from kvloom.cache import CacheLayout, Store
+from kvloom.cache import AnyStore, CacheLayout, Int8Store, Landing
 from kvloom.models.native.recognise import LayerParts, ModelParts, Norm
 from kvloom.native import Library
 from kvloom.native.layers import (
@@ -30,6 +30,7 @@ from kvloom.native.layers import (
     NormWeight,
     ProjectionWeight,
     Scratch,
+    native_order_bytes,
 )
 from kvloom.native.linear import PackedWeight
 
@@ -74,7 +75,7 @@ class LayerRunner:
             for place, index in enumerate(self.indices)
         }
         self._place_of_kind = {kind: place for place, kind in self._kinds.items()}
-        self._kept: tuple[weakref.ref[Store], KeysValues] | None = None
+        self._kept: tuple[weakref.ref[AnyStore], KeysValues] | None = None
         self.scratch = self._layers.scratch
 
     def run_layer(
@@ -82,7 +83,7 @@ class LayerRunner:
         place: int,
         rows: Tensor,
         plan: Plan,
-        store: Store,
+        store: AnyStore,
         factors: tuple[Tensor, Tensor],
         turns: Turns | None = None,
     ) -> Tensor:
@@ -124,12 +125,19 @@ class LayerRunner:
         self.scratch.shrink(KEPT_ROWS)
         return logits
 
-    def keys_values(self, store: Store) -> KeysValues:
+    def keys_values(self, store: AnyStore) -> KeysValues:
         """Where the layers keep their keys and values in `store`."""
         if self._kept is None or self._kept[0]() is not store:
-            keys, values = ([own[index] for index in self.indices] for own in (store.keys, store.values))
-            self._kept = weakref.ref(store), self._layers.keys_values(keys, values)
+            self._kept = weakref.ref(store), self._places_in(store)
         return self._kept[1]
+
+    def _places_in(self, store: AnyStore) -> KeysValues:
+        native = store.open if isinstance(store, Int8Store) else store
+        keys, values = ([own[index] for index in self.indices] for own in (native.keys, native.values))
+        if not isinstance(store, Int8Store):
+            return self._layers.keys_values(keys, values)
+        both = [(store.sealed_keys[index], store.sealed_values[index]) for index in self.indices]
+        return self._layers.keys_values(keys, values, [sealed_facts(*own) for own in both])
 
     def shared_keys_values(self, tokens: int) -> KeysValues:
         """One place for as many tokens that all layers use one after the other, each overwriting the last one's."""
@@ -151,9 +159,11 @@ class LayerRunner:
             own = plan.groups[group]
             schedule = self._attention.schedule_for(own, heads=heads, kv_heads=kv_heads)
             wanted = self._attention.bytes_for(schedule, self._dtype, heads=heads, kv_heads=kv_heads, dim=dim)
+            if isinstance(own.writes, Landing):
+                wanted += native_order_bytes(own.writes, self._dtype, rows=plan.tokens, kv_heads=kv_heads, dim=dim)
             memory_bytes = max(memory_bytes, wanted)
             turn = None if turns is None else self._attention.turn(schedule, turns[self.indices[place]])
-            steps[group] = GroupStep(own.write_slots, schedule.numbers.ctypes.data, turn)
+            steps[group] = GroupStep(own.writes, schedule.numbers.ctypes.data, turn)
         return steps, self.scratch.memory(memory_bytes)
 
 
@@ -178,7 +188,7 @@ class NativeModel:
         """What a pass works in."""
         return self._runner.scratch
 
-    def forward(self, token_ids: Tensor, plan: Plan, store: Store, turns: Turns | None = None) -> Tensor:
+    def forward(self, token_ids: Tensor, plan: Plan, store: AnyStore, turns: Turns | None = None) -> Tensor:
         """Logits [n, vocab] of the plan's `logit_rows`; keys and values go into the store.
 
         Args:

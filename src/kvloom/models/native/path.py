@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kvloom.attention import Plan
-from kvloom.cache import CacheLayout, Store
+from kvloom.cache import AnyStore, CacheLayout
 from kvloom.models.native.decoder import LayerRunner, NativeModel, Turns, WeightOf
 from kvloom.models.native.proof import Recording, Runs, as_factors, is_near, prove_whole, record
 from kvloom.models.native.recognise import (
@@ -185,7 +185,7 @@ class NativePath:
         return self._whole if self._untouched else None
 
     @contextmanager
-    def layers(self, plan: Plan, store: Store, turns: Turns | None) -> Iterator[None]:
+    def layers(self, plan: Plan, store: AnyStore, turns: Turns | None) -> Iterator[None]:
         """Within the block the recognised layers' modules run in kernels."""
         runner = self._runner
         if runner is None:
@@ -205,7 +205,7 @@ class NativePath:
                 del attributes["forward"]
 
     def _forward_of(
-        self, runner: LayerRunner, place: int, plan: Plan, store: Store, turns: Turns | None
+        self, runner: LayerRunner, place: int, plan: Plan, store: AnyStore, turns: Turns | None
     ) -> Callable[..., Tensor]:
         def forward(hidden_states: Tensor, *_: Any, position_embeddings: Any = None, **__: Any) -> Tensor:
             factors = as_factors(position_embeddings)

@@ -12,9 +12,9 @@ namespace kvloom {
 
 // Keys, or values, that are 8-bit codes. Strides are in elements.
 struct Sealed {
-    const std::int8_t* codes;  // [kv_heads, slots, dim]
+    std::int8_t* codes;        // [kv_heads, slots, dim]
     std::int64_t codes_head_stride;
-    const bf16* scales;        // [kv_heads, blocks, dim], or [kv_heads, slots]
+    bf16* scales;              // [kv_heads, blocks, dim], or [kv_heads, slots]
     std::int64_t scales_head_stride;
     std::int64_t block_tokens; // 0 if each slot has a scale of its own
 };

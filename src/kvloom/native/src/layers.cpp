@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "seal.h"
 #include "small.h"
 
 namespace kvloom {
@@ -34,16 +35,28 @@ struct DecoderLayer {
     std::int32_t unused;
 };
 
-// Where a layer's keys and values are kept: [kv_heads, slots, dim], with a stride in elements from head to head.
+// Where a layer's keys and values are kept: [kv_heads, slots, dim], with a stride in elements from head to head. Where full
+// blocks are sealed, these are the open ones'.
 struct KeysValues {
     void* keys;
     void* values;
     std::int64_t stride;
+    Sealed sealed[2];  // keys and values; without codes if nothing is sealed
+};
+
+// Where new tokens land where full blocks are sealed; see cache/landing.py, which also says what "native order" is.
+struct Landing {
+    const std::int64_t* earlier_slots;  // [earlier]
+    const std::int64_t* filled_blocks;  // [filled]
+    const std::int64_t* filled_from;    // [filled, block_tokens]
+    const std::int64_t *open_rows, *open_slots;  // [open]
+    std::int64_t earlier, filled, open;
 };
 
 // What the layers of one group write and read.
 struct GroupStep {
-    const std::int64_t* slots;  // [rows]
+    const std::int64_t* slots;  // [rows]; null where full blocks are sealed
+    Landing landing;
     const std::int32_t* schedule;
     const Turn* turn;  // null if no query is turned
 };
@@ -61,7 +74,7 @@ struct LayersStep {
     float* cosines;  // [rows, dim / 2]
     float* sines;
     const GroupStep* groups;
-    void* memory;  // for attention
+    void* memory;  // for the native order, and for attention
     std::int64_t rows;
     std::int32_t dtype;
     std::int32_t threads;
@@ -109,12 +122,55 @@ void multiply(const LayersStep& step, const void* from, std::int64_t inner, cons
     linear({from, step.rows, inner, inner, to, Count, step.dtype});
 }
 
-// One row of keys or values [kv_heads, dim] into its slot.
+// One row of keys and of values, [kv_heads, dim] each, into a slot.
 template <class Element>
-void put_into_slot(void* store, const KeysValues& kept, std::int64_t slot, const Element* row, const DecoderLayer& layer) {
-    for (std::int64_t head = 0; head < layer.kv_heads; ++head)
-        std::memcpy(static_cast<Element*>(store) + head * kept.stride + slot * layer.dim, row + head * layer.dim,
-                    std::size_t(layer.dim) * sizeof(Element));
+void put_into_slot(const KeysValues& kept, std::int64_t slot, const Element* key, const Element* value, const DecoderLayer& layer) {
+    for (std::int64_t head = 0; head < layer.kv_heads; ++head) {
+        const std::int64_t column = head * layer.dim, place = head * kept.stride + slot * layer.dim;
+        std::copy_n(key + column, layer.dim, static_cast<Element*>(kept.keys) + place);
+        std::copy_n(value + column, layer.dim, static_cast<Element*>(kept.values) + place);
+    }
+}
+
+template <class Element>
+void copy_slot(const KeysValues& from, std::int64_t slot, const KeysValues& to, std::int64_t target, const DecoderLayer& layer) {
+    for (std::int64_t head = 0; head < layer.kv_heads; ++head) {
+        const std::int64_t source = head * from.stride + slot * layer.dim, place = head * to.stride + target * layer.dim;
+        std::copy_n(static_cast<const Element*>(from.keys) + source, layer.dim, static_cast<Element*>(to.keys) + place);
+        std::copy_n(static_cast<const Element*>(from.values) + source, layer.dim, static_cast<Element*>(to.values) + place);
+    }
+}
+
+bool seals(const KeysValues& kept) { return kept.sealed[0].codes; }
+
+std::int64_t element_bytes(const LayersStep& step) { return step.dtype == 0 ? 4 : 2; }
+
+// The native order: at the beginning of the step's memory, keys first.
+struct NativeOrder {
+    KeysValues kept;
+    std::int64_t bytes;
+
+    NativeOrder(const DecoderLayer& layer, const LayersStep& step) {
+        const std::int64_t tokens = step.groups[layer.group].landing.earlier + step.rows;
+        const std::int64_t half = rounded_up(layer.kv_heads * tokens * layer.dim * element_bytes(step), 64);
+        char* memory = static_cast<char*>(step.memory);
+        kept = {memory, memory + half, tokens * layer.dim, {}};
+        bytes = 2 * half;
+    }
+};
+
+// From the native order into codes and open blocks. Nothing that was there is changed, so that a step can be taken back.
+template <class Element> void land(const DecoderLayer& layer, const KeysValues& kept, const KeysValues& native, const LayersStep& step) {
+    const Landing& landing = step.groups[layer.group].landing;
+    const std::int64_t parts = landing.filled * layer.kv_heads;
+    const Numbers numbers{native.keys, native.values, native.stride, native.stride, layer.dim, layer.dim};
+    share(parts + landing.open, [&](std::int64_t i) {
+        if (i >= parts)
+            return copy_slot<Element>(native, landing.earlier + landing.open_rows[i - parts], kept, landing.open_slots[i - parts], layer);
+        const std::int64_t block = i / layer.kv_heads;
+        seal<Element>(kept.sealed, numbers, landing.filled_from + block * kept.sealed[0].block_tokens,
+                      landing.filled_blocks[block], i % layer.kv_heads);
+    });
 }
 
 template <class Element> void before_attention(const DecoderLayer& layer, const KeysValues& kept, const LayersStep& step) {
@@ -122,8 +178,12 @@ template <class Element> void before_attention(const DecoderLayer& layer, const 
     const Projection to[] = {project(layer.query, step.query), project(layer.key, step.key),
                              project(layer.value, step.value)};
     multiply(step, step.normed, layer.hidden, to);
-    const std::int64_t* slots = step.groups[layer.group].slots;
-    share(step.rows, [&](std::int64_t row) {
+    const GroupStep& group = step.groups[layer.group];
+    const std::int64_t earlier = group.landing.earlier;
+    const NativeOrder native(layer, step);
+    share(step.rows + earlier, [&](std::int64_t row) {
+        if (row >= step.rows)
+            return copy_slot<Element>(kept, group.landing.earlier_slots[row - step.rows], native.kept, row - step.rows, layer);
         const float *cosines = step.cosines + row * (layer.dim / 2), *sines = step.sines + row * (layer.dim / 2);
         Element* query = static_cast<Element*>(step.query) + row * layer.heads * layer.dim;
         Element* key = static_cast<Element*>(step.key) + row * layer.kv_heads * layer.dim;
@@ -132,9 +192,10 @@ template <class Element> void before_attention(const DecoderLayer& layer, const 
                    sines, layer.heads, layer.dim);
         rotate_row(key, static_cast<const Element*>(layer.key_norm.weight), layer.key_norm.epsilon, cosines, sines,
                    layer.kv_heads, layer.dim);
-        put_into_slot(kept.keys, kept, slots[row], key, layer);
-        put_into_slot(kept.values, kept, slots[row], value, layer);
+        if (seals(kept)) put_into_slot(native.kept, earlier + row, key, value, layer);
+        else put_into_slot(kept, group.slots[row], key, value, layer);
     });
+    if (seals(kept)) land<Element>(layer, kept, native.kept, step);
 }
 
 template <class Element> void after_attention(const DecoderLayer& layer, const LayersStep& step) {
@@ -180,10 +241,13 @@ template <class Element> void behind_layers(const Ends& ends, std::int64_t hidde
 }
 
 void attend(const DecoderLayer& layer, const KeysValues& kept, const LayersStep& step) {
+    const NativeOrder native(layer, step);
+    const bool sealed = seals(kept);
+    const KeysValues& read = sealed ? native.kept : kept;
     kvloom_attend(step.dtype, step.groups[layer.group].schedule, layer.kv_heads, layer.heads / layer.kv_heads, layer.dim,
-                  layer.dim, step.query, layer.heads * layer.dim, layer.dim, kept.keys, kept.stride, kept.values,
-                  kept.stride, nullptr, nullptr, step.groups[layer.group].turn, layer.scale, 0, step.attended, step.memory,
-                  step.threads);
+                  layer.dim, step.query, layer.heads * layer.dim, layer.dim, read.keys, read.stride, read.values, read.stride,
+                  sealed ? kept.sealed : nullptr, nullptr, step.groups[layer.group].turn, layer.scale, 0, step.attended,
+                  static_cast<char*>(step.memory) + (sealed ? native.bytes : 0), step.threads);
 }
 
 }  // namespace

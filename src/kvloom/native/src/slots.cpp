@@ -1,9 +1,9 @@
-// Slots of a store, written and copied.
+// Slots of a store, written, copied and sealed.
 
 #include <cstdint>
 #include <cstring>
 
-#include "simd.h"
+#include "seal.h"
 
 using namespace kvloom;
 
@@ -50,4 +50,16 @@ KVLOOM_EXPORT void kvloom_write(
     const std::int64_t* slots, std::int64_t tokens, std::int64_t heads, std::int64_t dim) {
     if (bytes == 4) write(static_cast<float*>(store), store_head_stride, static_cast<const float*>(rows), head_stride, token_stride, slots, tokens, heads, dim);
     else write(static_cast<bf16*>(store), store_head_stride, static_cast<const bf16*>(rows), head_stride, token_stride, slots, tokens, heads, dim);
+}
+
+// Blocks become codes: their tokens stand at the places `from`, [blocks, tokens of a block], among `numbers`. `kept`: the codes
+// and scales of keys and of values.
+KVLOOM_EXPORT void kvloom_seal(int dtype, const Sealed* kept, const Numbers* numbers, std::int64_t kv_heads,
+                               const std::int64_t* blocks, const std::int64_t* from, std::int64_t count, int threads) {
+    with_type(dtype, [&](auto* type) {
+        using Element = std::remove_pointer_t<decltype(type)>;
+#pragma omp parallel for schedule(static) num_threads(threads) if (count * kv_heads > 16)
+        for (std::int64_t i = 0; i < count * kv_heads; ++i)
+            seal<Element>(kept, *numbers, from + i / kv_heads * kept->block_tokens, blocks[i / kv_heads], i % kv_heads);
+    });
 }
