@@ -289,8 +289,8 @@ class _Rows:
         except PoolExhausted as exhausted:
             budget = self.cache.store.allocated_bytes
             raise CacheFull(
-                f"{len(requests)} rows of {self.tokens + requests[0][1]} tokens: {exhausted}, of {self.cache.blocks} in "
-                f"a budget of {budget:,} bytes. Raise budget_bytes, or drop forks."
+                f"{len(requests)} rows of {self.tokens + requests[0][1]} tokens: {exhausted}, of {self.cache.blocks} "
+                f"in a budget of {budget:,} bytes. Raise budget_bytes, or drop forks."
             ) from exhausted
 
     def _all_slots(self) -> Tensor:
