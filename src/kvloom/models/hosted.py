@@ -17,6 +17,7 @@ from kvloom.attention import Plan, View, Wanted
 from kvloom.attention.turn import Turn
 from kvloom.cache import AnyStore, LayerShape
 from kvloom.errors import UnsupportedModel
+from kvloom.models.autocast import refuse_autocast
 from kvloom.models.binding import Regime
 from kvloom.models.encoder import Encoder
 from kvloom.models.identity import Identity, digest_of_writes, identify
@@ -101,7 +102,8 @@ class HostedModel(ABC):
         return any(scale <= MOST_ROWS for scale in row_scales(self.model))
 
     def check_ready(self) -> None:
-        """Refuse training mode, gradient checkpointing, and a model that was moved since it was attached."""
+        """Refuse training mode, gradient checkpointing, autocast, and a model that was moved since it was attached."""
+        refuse_autocast(self.device)
         dtype, device = _lies_as(self.model)
         if (dtype, device) != (self.dtype, self.device):
             raise UnsupportedModel(

@@ -206,6 +206,11 @@ class _Rows:
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add a layer's new keys and values; the first layer to come makes room in all."""
         batch, _, count, _ = keys.shape
+        if {keys.dtype, values.dtype} != {self.cache.layout.dtype}:
+            raise CacheMismatch(
+                f"the cache keeps {self.cache.layout.dtype}, and was given keys of {keys.dtype} and values of "
+                f"{values.dtype}. Make one of the dtype in which the model computes, and use it outside of autocast."
+            )
         if not self.sequences:
             self.sequences = [self.cache.open() for _ in range(batch)]
         if batch != len(self.sequences):
