@@ -142,7 +142,7 @@ class HostedModel(ABC):
     def _adapters(self) -> str:
         """Which adapters are active, and how."""
         # PEFT's layers; the method of the same name on a model needs PEFT to be installed.
-        names = ("active_adapters", "disable_adapters", "scaling")
+        names = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
         return repr(
             [
                 [getattr(module, name, None) for name in names]
