@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
-import threading
 import weakref
-from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kvloom.blocks import PoolExhausted
-from kvloom.cache import CachedSequence, CacheLayout, KVCache
+from kvloom.cache import CachedSequence, CacheLayout, KVCache, Turns
 from kvloom.engine.planner import default_budget_bytes
 from kvloom.errors import CacheFull, CacheMismatch, ContextClosed, InvalidRequest
 from kvloom.models import Source
@@ -71,7 +66,7 @@ class EmbeddingContext:
         self.batch, self.tokens = len(past.sequences), past.sequences[0].tokens
         self.source_tokens = 0 if past.source is None else past.source.tokens
         self._model, self._past = model, past
-        self._finalizer = weakref.finalize(self, model._release, past.sequences)
+        self._finalizer = weakref.finalize(self, model._turns.drop, past.sequences)
 
     def fork(self) -> EmbeddingContext:
         """Another context of the same past, which shares the blocks and may outlive this one."""
@@ -123,8 +118,7 @@ class EmbeddingModel:
             budget_bytes = default_budget_bytes(layout, max_tokens=None, device=binding.device)
         self.binding = binding
         self.cache = KVCache(layout, budget_bytes=budget_bytes, device=binding.device)
-        self._lock = threading.Lock()
-        self._dropped: deque[Sequences] = deque()
+        self._turns = Turns(self.cache)
 
     def extend(
         self,
@@ -157,7 +151,7 @@ class EmbeddingModel:
             InvalidRequest: a shape or dtype that the module does not take.
             CacheFull: the blocks do not suffice. Whatever is raised, nothing has changed.
         """
-        with self._working():
+        with self._turns.turn():
             self.binding.check_ready()
             past = None if context is None else self._checked(context).past_for(self)
             if past is not None and past.weights != self.binding.fingerprint():
@@ -171,8 +165,7 @@ class EmbeddingModel:
             try:
                 return self._extended(past, new, source)
             except PoolExhausted:
-                gc.collect()  # contexts that were dropped in reference cycles
-                self._release_dropped()
+                self._turns.collect()
             try:
                 return self._extended(past, new, source)
             except PoolExhausted as error:
@@ -189,7 +182,8 @@ class EmbeddingModel:
             encoder_outputs = source.inputs if past is None and source is not None else None
             outputs = self.binding.extend(self.cache, held, new, encoder_outputs)
         except BaseException:
-            self._close(tuple(held))
+            for sequence in held:
+                self.cache.close(sequence)
             raise
         fed = hashlib.blake2b() if past is None else past.fed.copy()
         _feed(fed, new)
@@ -251,37 +245,10 @@ class EmbeddingModel:
     # ---- contexts ------------------------------------------------------------------------------------------
 
     def _fork(self, context: EmbeddingContext) -> EmbeddingContext:
-        with self._working():
+        with self._turns.turn():
             past = context.past_for(self)
             sequences = tuple(map(self.cache.fork, past.sequences))
             return EmbeddingContext(self, replace(past, sequences=sequences))
-
-    @contextmanager
-    def _working(self) -> Iterator[None]:
-        """One thread at a time; contexts that are dropped meanwhile are released before and after."""
-        try:
-            with self._lock:
-                self._release_dropped()
-                yield
-        finally:
-            self._release()
-
-    def _release(self, *dropped: Sequences) -> None:
-        """Let go of tables; the garbage collector may call it at any moment, also in the middle of our own work."""
-        self._dropped.extend(dropped)
-        if self._lock.acquire(blocking=False):
-            try:
-                self._release_dropped()
-            finally:
-                self._lock.release()
-
-    def _release_dropped(self) -> None:
-        while self._dropped:
-            self._close(self._dropped.popleft())
-
-    def _close(self, sequences: Sequences) -> None:
-        for sequence in sequences:
-            self.cache.close(sequence)
 
     def __repr__(self) -> str:
         return f"EmbeddingModel({self.binding.name}, {self.cache.blocks} blocks, {self.binding.dtype})"

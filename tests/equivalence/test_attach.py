@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Llama4TextConfig, PreTrainedModel
 
+import kvloom
 from kvloom.attention import torch_ops
 from kvloom.attention.native import NativeAttention
 from kvloom.cache import Reach, Store
-from kvloom.errors import AttachMismatch, UnsupportedModel
+from kvloom.errors import AttachMismatch, CacheMismatch, UnsupportedModel
 from kvloom.models import AttentionInterfaceBinding, probe, selfcheck
 from tiny import (
     LENGTH_DEPENDENT_ROPE_FAMILIES,
@@ -124,6 +125,39 @@ def test_gradient_checkpointing_is_refused() -> None:
         attach(model)
     model.gradient_checkpointing_disable()
     attach(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+def test_autocast_is_refused_where_work_begins_and_leaves_no_trace(family: str) -> None:
+    model = tiny_model(family)
+    lm = kvloom.attach(model)
+    prompt = random_ids(model, tokens=20)
+    expected = lm.generate(prompt, max_new_tokens=4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for call in (
+            lambda: kvloom.attach(model),
+            lambda: lm.generate(prompt, max_new_tokens=4),
+            lambda: lm.prefill(prompt),
+            lambda: lm.score([[5]], prompt=prompt),
+            lambda: kvloom.attach(cached_callable_of(model)),
+        ):
+            with pytest.raises(UnsupportedModel, match=r"autocast is switched on for cpu.*Leave the autocast block"):
+                call()
+        with pytest.raises(CacheMismatch, match=r"keeps torch.float32, and was given .* values of torch.bfloat16"):
+            model(torch.tensor([prompt]), past_key_values=paged_cache_of(model))
+    assert lm.generate(prompt, max_new_tokens=4).token_ids == expected.token_ids
+
+
+def cached_callable_of(model: PreTrainedModel) -> Callable[..., Any]:
+    def call(ids: Tensor, past_key_values: Any = None, use_cache: bool = True) -> Any:
+        return model(ids, past_key_values=past_key_values, use_cache=use_cache)
+
+    return call
+
+
+def paged_cache_of(model: PreTrainedModel) -> kvloom.PagedCache:
+    with torch.autocast("cpu", enabled=False):
+        return kvloom.PagedCache.for_model(model, budget_bytes=2**20)
 
 
 def test_training_mode_after_attaching_is_refused_when_asked() -> None:

@@ -174,6 +174,7 @@ def test_lengths_count_the_padding_as_in_transformers(beams: int) -> None:
         {"max_length": 15, "min_length": 12},
         {"max_new_tokens": 6, "min_new_tokens": 4},
         {"max_new_tokens": 4, "min_length": 7},
+        {"max_new_tokens": 6, "min_length": -1, "min_new_tokens": -1, "no_repeat_ngram_size": -1},
         {},
     ):
         options = {"max_new_tokens": None, "num_beams": beams, "eos_token_id": ends, **lengths}

@@ -175,13 +175,20 @@ class AdapterLayer(nn.Module):
         self.base_layer = base
         self.lora_A = nn.Linear(base.in_features, 4, bias=False)
         self.lora_B = nn.Linear(4, base.out_features, bias=False)
+        self.merged_adapters: list[str] = []
 
     @property
     def active_adapters(self) -> list[str]:
         return ["default"]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self.base_layer(input) + self.lora_B(self.lora_A(input))
+        own: torch.Tensor = self.base_layer(input)
+        return own if self.merged_adapters else own + self.lora_B(self.lora_A(input))
+
+    def merge(self, sign: int = 1) -> None:
+        """Through `data`, which leaves no trace on the weight."""
+        self.base_layer.weight.data += sign * (self.lora_B.weight.data @ self.lora_A.weight.data)
+        self.merged_adapters = ["default"] if sign == 1 else []
 
 
 def test_an_exclusive_model_keeps_the_plain_weights_that_adapters_wrap(packing: Packing) -> None:
@@ -192,6 +199,27 @@ def test_an_exclusive_model_keeps_the_plain_weights_that_adapters_wrap(packing: 
     assert own.model.layers[0].mlp.up_proj.base_layer.weight.device.type == "cpu"
     assert own.model.layers[1].mlp.up_proj.weight.device.type == "meta"
     assert lm.generate([1, 2, 3], max_new_tokens=5).token_ids == plain
+
+
+def test_adapters_that_are_merged_and_unmerged_after_attaching_are_noticed(packing: Packing) -> None:
+    own = model()
+    adapter = AdapterLayer(own.model.layers[0].mlp.up_proj).eval()
+    own.model.layers[0].mlp.up_proj = adapter
+    lm = kvloom.attach(own)
+    prompt = list(range(1, 40))
+    before = lm.binding.fingerprint()
+
+    def check() -> None:
+        out = lm.generate(prompt, max_new_tokens=4, output_logits=True, eos_token_id=None)
+        whole = own(torch.tensor([prompt + out.token_ids[:-1]]), use_cache=False).logits[0, -4:]
+        torch.testing.assert_close(out.logits.float(), whole.float(), atol=1e-3, rtol=1e-3)
+
+    check()
+    adapter.merge()
+    assert lm.binding.fingerprint() != before, "what was cached before is not met"
+    check()
+    adapter.merge(-1)
+    check()
 
 
 def test_without_native_kernels_onednn_packs(monkeypatch: pytest.MonkeyPatch) -> None:

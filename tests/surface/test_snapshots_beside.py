@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from transformers import PreTrainedModel
 import kvloom
 import tiny
 from kvloom import LanguageModel
+from kvloom.cache.retention import Retention
 from kvloom.cache.snapshot import Beside
-from kvloom.errors import CorruptSnapshot
+from kvloom.errors import CorruptSnapshot, SnapshotError
 from kvloom.models import beside
 from tiny_vision import Picture, prompt, tiny_vision_model
 
@@ -151,3 +153,67 @@ def media(**facts: Any) -> dict[str, Any]:
 def test_what_does_not_fit_the_tokens_is_no_media_and_no_source(facts: Any, tensors: Any) -> None:
     with pytest.raises(ValueError):
         beside.read_beside(Beside(facts, tensors), tokens=8)
+
+
+POLICIES = [
+    kvloom.SinkWindow(sink_tokens=2, window_tokens=14),
+    kvloom.HeavyHitters(budget_tokens=16),
+    kvloom.LastQuery(budget_tokens=16),
+    kvloom.CompressedPrompt(budget_tokens=16, observed_tokens=4),
+    kvloom.TopBlocks(budget_tokens=16),
+]
+
+
+@pytest.mark.parametrize("codec", ["native", "int8"])
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda own: type(own).__name__)
+def test_a_context_with_images_under_a_policy_goes_on_with_the_same_bits_and_drops_the_same_tokens(
+    path: Path, policy: Retention, codec: Any
+) -> None:
+    model = tiny_vision_model("qwen2_vl")
+    options: dict[str, Any] = {"block_tokens": 4, "retention": policy, "codec": codec, "budget_bytes": 4 << 20}
+    first, second = (kvloom.attach(model, **options) for _ in range(2))
+    shown = prompt(model, 5, Picture(4, 8), 9, Picture(4, 4, seed=2), 16)
+    with first.prefill(shown) as computed:
+        context = first.generate([7, 8], context=computed, max_new_tokens=6).context
+    context.save(path)
+    restored = second.restore(path)
+    assert (restored.retention, restored.blocks) == (policy, context.blocks)
+    # A turn with another image, and one behind it.
+    turn = prompt(model, 3, Picture(4, 8, seed=5), 4, seed=4)
+    goes_on_alike(first, context, second, restored, turn)
+    after = [
+        own.generate(turn, context=of, max_new_tokens=6).context for own, of in ((first, context), (second, restored))
+    ]
+    goes_on_alike(first, after[0], second, after[1], [5, 9, 3])
+    held = [
+        [table.positions().tolist() for table in own.tables_for(lm.engine).cached.tables]
+        for own, lm in zip(after, (first, second), strict=True)
+    ]
+    assert held[0] == held[1]
+    if not isinstance(policy, kvloom.TopBlocks):
+        assert len(held[0][0]) < 30, "images have left the cache"
+        # Which they can be computed from, though their keys have gone.
+        second.engine.contexts._kept.holdings.release(restored.tables_for(second.engine))
+    again = second.generate(turn, context=restored, max_new_tokens=6)
+    assert len(again.token_ids) == 6
+
+
+def test_a_flipped_bit_anywhere_in_a_file_with_images_and_scores_is_seen(path: Path) -> None:
+    model = tiny_vision_model("qwen2_vl")
+    lm = kvloom.attach(model, block_tokens=4, budget_bytes=4 << 20)
+    with lm.prefill(prompt(model, 5, Picture(4, 8), 20), retention=POLICIES[1]) as context:
+        context.save(path)
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    generator = random.Random(0)
+    offsets = [generator.randrange(len(content)) for _ in range(40)] + [generator.randrange(end) for _ in range(40)]
+    for offset in offsets:
+        damaged = bytearray(content)
+        damaged[offset] ^= 1 << generator.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            restored = lm.restore(path)
+        except SnapshotError:
+            continue
+        pytest.fail(f"byte {offset} of {len(content)} ({content[offset - 20 : offset + 20]!r}) gave {restored}")
+    assert [group.pool.referenced - len(group.index.idle()) for group in lm.engine.cache.groups] == [0]

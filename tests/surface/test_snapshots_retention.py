@@ -121,6 +121,19 @@ def test_a_context_that_lost_its_tables_is_computed_under_its_policy(path: Path)
     assert held_blocks(lm) == 0
 
 
+@pytest.mark.parametrize("policy", [POLICIES[0], POLICIES[-1]], ids=lambda own: type(own).__name__)
+def test_a_context_that_was_truncated_into_its_prompt_is_saved_and_goes_on(path: Path, policy: Retention) -> None:
+    model = tiny_model("llama")
+    first, second = (attached(model, retention=policy) for _ in range(2))
+    prompt = random_ids(model, tokens=40)
+    with first.prefill(prompt[:12]) as beginning:
+        context = first.prefill(prompt[12:], context=beginning).truncate(37)
+    context.save(path)
+    restored = second.restore(path)
+    assert list(restored.token_ids) == prompt[:37]
+    assert torch.equal(going_on(second, restored)[0], going_on(first, context)[0])
+
+
 def test_a_restored_stream_goes_past_the_trained_length(path: Path) -> None:
     model = tiny_model("llama", max_position_embeddings=64)
     policy = kvloom.SinkWindow(sink_tokens=2, window_tokens=14)

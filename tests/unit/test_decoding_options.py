@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from transformers import GenerationConfig
 
 from kvloom.decoding import Options, resolve
+from kvloom.decoding.logits import make_processors
 from kvloom.decoding.option_checks import CHECKS
 from kvloom.decoding.refusals import ALREADY_SO, REFUSED
 from kvloom.errors import InvalidRequest, PromptTooLong, UnknownOption, UnsupportedOption
@@ -162,7 +165,7 @@ WRONG: list[dict[str, Any]] = [
     {"num_beams": 0},
     {"max_new_tokens": 0},
     {"max_new_tokens": "10"},
-    {"min_new_tokens": -1},
+    {"min_new_tokens": 1.5},
     {"early_stopping": "sometimes"},
     {"early_stopping": 1},
     {"length_penalty": float("inf")},
@@ -171,6 +174,8 @@ WRONG: list[dict[str, Any]] = [
     {"eos_token_id": [3, -1]},
     {"eos_token_id": "</s>"},
     {"pad_token_id": 100},
+    {"pad_token_id": -2},
+    {"eos_token_id": -2},
     {"pad_token_id": True},
     {"bad_words_ids": [[1], []]},
     {"bad_words_ids": [[100]]},
@@ -192,6 +197,16 @@ def test_a_wrong_value_is_refused_in_one_sentence_that_names_it(options: dict[st
     with pytest.raises(InvalidRequest) as caught:
         resolved(**options)
     assert any(f"`{name}" in str(caught.value) for name in options)
+
+
+def test_values_below_those_that_do_something_switch_an_option_off_as_in_transformers() -> None:
+    off = {"min_length": -1, "min_new_tokens": -1, "no_repeat_ngram_size": -1, "encoder_no_repeat_ngram_size": -1}
+    cutoffs = {"epsilon_cutoff": -1.0, "eta_cutoff": -1.0}
+    options = resolved(**off, **cutoffs, eos_token_id=-1, pad_token_id=-1, do_sample=True)
+    assert [getattr(options, name) for name in off] == [0] * 4
+    assert (options.eos_token_id, options.pad_token_id) == ((), None)
+    assert options.lengths(3).minimum <= 3
+    assert not make_processors(replace(options, top_k=0), prompt_ids=[1, 2, 3], device=torch.device("cpu"))
 
 
 def test_temperature_zero_says_how_to_decode_greedily() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -141,6 +143,93 @@ def test_the_budget_is_never_exceeded() -> None:
         update(cache, states(torch.Generator(), 3, 1))
     with pytest.raises(CacheFull, match="below one block"):
         paged(budget_tokens=3)
+
+
+def test_a_fork_that_the_garbage_collector_drops_in_the_middle_of_a_change_is_closed_behind_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache = paged(budget_tokens=32, block_tokens=4)
+    update(cache, states(torch.Generator(), 1, 10))
+    forks = [cache.fork()]
+    update(forks[0], states(torch.Generator(), 1, 1))
+    store = cache._rows.cache.store
+    in_use = []
+    gc.disable()
+    try:
+        forks.append(forks)  # type: ignore[arg-type]
+        forks = []
+
+        def collecting(*copies: Any) -> None:
+            gc.collect()
+            in_use.append(cache.blocks_in_use)
+
+        monkeypatch.setattr(store, "copy", collecting)
+        update(cache, states(torch.Generator(), 1, 3))
+    finally:
+        gc.enable()
+    # Ten tokens and three more are four blocks; of its own the fork had the third.
+    assert (in_use, cache.blocks_in_use) == ([5], 4)
+
+
+def test_forks_in_reference_cycles_do_not_keep_the_pool_full() -> None:
+    cache = paged(budget_tokens=16, block_tokens=4)
+    gc.disable()
+    try:
+        cycle: list[object] = [cache.fork()]
+        update(cycle[0], states(torch.Generator(), 1, 16))
+        cycle.append(cycle)
+        with pytest.raises(CacheFull):
+            update(cache, states(torch.Generator(), 1, 5))
+        del cycle
+        update(cache, states(torch.Generator(), 1, 5))
+    finally:
+        gc.enable()
+    assert cache.blocks_in_use == 2
+
+
+def test_forks_decode_on_several_threads_as_on_one() -> None:
+    cache = paged(block_tokens=4)
+    update(cache, states(torch.Generator().manual_seed(1), 1, 10))
+    held: dict[int, Any] = {}
+
+    def work(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(30):
+            own = cache.fork()
+            own.batch_repeat_interleave(2)
+            for _ in range(3):
+                update(own, states(generator, 2, 3))
+        held[seed] = own
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in range(4):
+        alone, generator = DynamicCache(), torch.Generator().manual_seed(seed)
+        update(alone, states(torch.Generator().manual_seed(1), 1, 10))
+        alone.batch_repeat_interleave(2)
+        for _ in range(29 * 3):
+            states(generator, 2, 3)
+        for _ in range(3):
+            update(alone, states(generator, 2, 3))
+        assert_equal(held[seed], alone)
+    held.clear()
+    del alone
+    assert cache.blocks_in_use == 3
+
+
+def test_a_pass_that_was_cut_short_is_taken_back_before_the_next() -> None:
+    cache = paged()
+    update(cache, states(torch.Generator(), 1, 6))
+    lost = states(torch.Generator(), 1, 4)
+    cache.update(*lost[0], 0)  # and then the model raised
+    with pytest.raises(CacheMismatch, match=r"over 4 tokens was cut short.*crop\(-4\)"):
+        cache.update(*lost[0], 0)
+    cache.crop(-4)
+    update(cache, lost)
+    assert cache.get_seq_length(0) == cache.get_seq_length(1) == 10
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2", "bloom", "falcon"])

@@ -6,6 +6,7 @@ from kvloom.cache.landing import Landing, Written
 from kvloom.cache.layout import CacheLayout, LayerGroup, LayerShape, Reach
 from kvloom.cache.sources import adopt_source, place_source, remember_source
 from kvloom.cache.store import AnyStore, Int8Store, MixedKept, Sealed, Store, in_own_dtype
+from kvloom.cache.turns import Turns
 
 __all__ = [
     "CODECS",
@@ -23,6 +24,7 @@ __all__ = [
     "Reach",
     "Sealed",
     "Store",
+    "Turns",
     "Written",
     "adopt_source",
     "check_codec",

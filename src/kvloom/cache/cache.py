@@ -291,6 +291,8 @@ class KVCache:
         assert self.can_truncate(sequence, tokens), "a window has already let go of what this length needs"
         for table, _ in self._own_tables(sequence):
             table.truncate(tokens)
+        if sequence.retained is not None:
+            sequence.retained = sequence.retained.cut(tokens)
 
     def close(self, sequence: CachedSequence) -> None:
         """Let go of a sequence's blocks; those in the prefix index stay until they are reclaimed."""

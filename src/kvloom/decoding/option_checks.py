@@ -60,6 +60,11 @@ def _integer(minimum: int) -> Check:
     return Check(f"an integer of at least {minimum}", accept)
 
 
+def _or_off(value: Any) -> int:
+    # transformers runs what belongs to these options only where they are above 0.
+    return max(0, _int(value))
+
+
 def _number(expected: str, holds: Callable[[float], bool], remedy: str = "") -> Check:
     def accept(value: Any) -> float:
         _require(isinstance(value, Real) and not isinstance(value, bool))
@@ -76,6 +81,17 @@ def _ids(value: Any) -> tuple[int, ...]:
         value = [value]
     _require(not isinstance(value, str | bytes | Mapping))
     return tuple(_int(token) for token in value)
+
+
+def _ends(value: Any) -> tuple[int, ...]:
+    ids = _ids(value)
+    return () if ids == (-1,) else ids
+
+
+def _pad(value: Any) -> int | None:
+    token = _int(value)
+    _require(token >= -1)
+    return None if token == -1 else token
 
 
 def _words(value: Any) -> list[list[int]]:
@@ -118,15 +134,16 @@ _GREEDY = " For greedy decoding set `do_sample=False`."
 _FLAG = Check("True or False", _bool)
 _IDS = Check("a token id or a list of token ids", _ids)
 _PROBABILITY = _number("a number above 0 and at most 1", lambda p: 0 < p <= 1, _GREEDY)
-_CUTOFF = _number("a number from 0 (off) up to but below 1", lambda p: 0 <= p < 1)
+_CUTOFF = _number("a number below 1, where 0 and below mean off", lambda p: p < 1)
+_COUNT = Check("an integer, where 0 and below mean off", _or_off)
 _FACTOR = _number("a number above 0", lambda x: x > 0)
 _TOKEN = Check("a token id", _integer(0).accept)
 
 CHECKS: dict[str, Check] = {
     "max_length": _integer(1),
     "max_new_tokens": _integer(1),
-    "min_length": _integer(0),
-    "min_new_tokens": _integer(0),
+    "min_length": _COUNT,
+    "min_new_tokens": _COUNT,
     "max_time": _FACTOR,
     "stop_strings": Check("a non-empty string or a list of non-empty strings", _strings),
     "do_sample": _FLAG,
@@ -146,8 +163,8 @@ CHECKS: dict[str, Check] = {
     "repetition_penalty": _FACTOR,
     "encoder_repetition_penalty": _FACTOR,
     "presence_penalty": _number("a finite number", lambda x: True),
-    "no_repeat_ngram_size": _integer(0),
-    "encoder_no_repeat_ngram_size": _integer(0),
+    "no_repeat_ngram_size": _COUNT,
+    "encoder_no_repeat_ngram_size": _COUNT,
     "bad_words_ids": Check("a non-empty list of non-empty lists of token ids", _words),
     "sequence_bias": Check("a dict from tuples of token ids to a bias, or a list of such pairs", _bias),
     "suppress_tokens": _IDS,
@@ -157,8 +174,8 @@ CHECKS: dict[str, Check] = {
     "exponential_decay_length_penalty": Check("a pair of an integer start and a factor", _decay),
     "remove_invalid_values": _FLAG,
     "renormalize_logits": _FLAG,
-    "eos_token_id": _IDS,
-    "pad_token_id": _TOKEN,
+    "eos_token_id": Check("a token id, a list of token ids, or -1 for none", _ends),
+    "pad_token_id": Check("a token id, or -1 for none", _pad),
     "bos_token_id": _TOKEN,
     "decoder_start_token_id": _IDS,
     "output_logits": _FLAG,

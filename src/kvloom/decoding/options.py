@@ -202,14 +202,14 @@ def _checked(asked: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]
         value = candidates[name]
         if value is None:
             values[name] = _NEUTRAL[name]
-        elif name in asked or not _irrelevant(name, value, sampling):
+        elif name in asked or not _irrelevant(name, sampling):
             values[name] = CHECKS[name](name, value)
     return values
 
 
-def _irrelevant(name: str, value: Any, sampling: bool) -> bool:
+def _irrelevant(name: str, sampling: bool) -> bool:
     """Whether a checkpoint's odd value is better skipped than refused: it has no effect."""
-    return (name in SAMPLING_ONLY and not sampling) or (name == "pad_token_id" and value == -1)
+    return name in SAMPLING_ONLY and not sampling
 
 
 def _check_vocabulary(values: Mapping[str, Any], asked: Mapping[str, Any], vocab_size: int | None) -> None:

@@ -21,7 +21,7 @@ from kvloom.engine.queue import Requests
 from kvloom.engine.retaining import settle
 from kvloom.engine.scoring import CachedScorer, Scored, score_uncached
 from kvloom.errors import InvalidRequest
-from kvloom.models import Binding, Media, Source
+from kvloom.models import Binding, Media, Source, check_countable
 from kvloom.models.beside import beside_of
 
 
@@ -67,6 +67,7 @@ class Contexts:
             logits, float[logits_of, vocab], and a claimed holding of the sequence's tables.
         """
         with self._guard.working(new=True):
+            check_countable(self._binding, token_ids)
             rows, admission = self._kept.rows, self._kept.admission
             tokens = len(token_ids)
             need = admission.worst_case(
@@ -110,6 +111,8 @@ class Contexts:
         with self._guard.working(new=True):
             if self._keeping is None or not use_cache:
                 return score_uncached(self._binding, prompt_ids, continuations, source=source, media=media)
+            for own in (prompt_ids, *continuations):
+                check_countable(self._binding, own)
             admission, reserved = self._keeping.admission, self._requests.reserved
             scorer = CachedScorer(
                 self._keeping.rows,

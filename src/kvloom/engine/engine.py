@@ -24,7 +24,7 @@ from kvloom.engine.request import Request, Row
 from kvloom.engine.rows import CachedRows, stacked
 from kvloom.engine.scheduler import STEP_TOKENS, schedule
 from kvloom.errors import CacheFull, NumericalError
-from kvloom.models import Binding, check_codec_of
+from kvloom.models import Binding, check_codec_of, check_countable
 
 NO_TOKEN = "no token can be chosen: the model returned NaN logits, or the logits processors left no token possible."
 
@@ -83,6 +83,7 @@ class Engine:
         with self._guard.working(new=True):
             request.use_cache = request.use_cache and self.cache is not None
             if request.use_cache:
+                check_countable(self.binding, request.prompt_ids)
                 self._reserve(request)
             self._requests.add(request)
 

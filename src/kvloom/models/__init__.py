@@ -1,7 +1,7 @@
 """Floor 4: bindings. They attach to models that others define; no architecture is defined here."""
 
 from kvloom.models.attention_interface import AttentionInterfaceBinding
-from kvloom.models.binding import Binding, Regime, check_codec_of
+from kvloom.models.binding import Binding, Regime, check_codec_of, check_countable
 from kvloom.models.cache_interface import CacheInterfaceBinding
 from kvloom.models.cached_callable import CachedCallableBinding
 from kvloom.models.callable import CallableBinding
@@ -26,4 +26,5 @@ __all__ = [
     "Source",
     "bind",
     "check_codec_of",
+    "check_countable",
 ]

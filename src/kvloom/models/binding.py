@@ -182,6 +182,12 @@ class Binding(Protocol):
         ...
 
 
+def check_countable(binding: Binding, token_ids: Sequence[int]) -> None:
+    """Refuse tokens that the model would count otherwise with a cache than without. Raises `InvalidTokens`."""
+    if binding.counting is not None:
+        binding.counting.check(token_ids)
+
+
 def check_codec_of(binding: Binding, codec: Codec) -> None:
     """Refuse a codec that the model cannot be decoded under. Raises `InvalidRequest`."""
     if codec == "native" or binding.reads_codes:

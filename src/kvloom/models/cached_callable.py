@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from kvloom.attention import Plan
 from kvloom.cache import AnyStore, LayerShape, Store, in_own_dtype
 from kvloom.errors import UnsupportedModel
+from kvloom.models.autocast import refuse_autocast
 from kvloom.models.binding import Regime
 from kvloom.models.callable import CallableBinding
 from kvloom.models.dense import DenseBatch, run_dense, run_order
@@ -70,6 +71,7 @@ class CachedCallableBinding(CallableBinding):
         max_tokens: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
+        refuse_autocast(torch.device(device))
         self._cached_function = function
         trial = torch.zeros((1, TRIAL_TOKENS), dtype=torch.int64, device=device)
         with torch.no_grad():
@@ -94,7 +96,8 @@ class CachedCallableBinding(CallableBinding):
         self.dtype = pairs[0][0].dtype
 
     def check_ready(self) -> None:
-        """Refuse a module that is in training mode."""
+        """Refuse autocast, and a module that is in training mode."""
+        refuse_autocast(self.device)
         if any(module.training for module in _modules(self._cached_function)):
             raise UnsupportedModel("the model is in training mode, so its output is random. Call model.eval() first.")
 

@@ -17,6 +17,7 @@ from kvloom.attention import Plan, View, Wanted
 from kvloom.attention.turn import Turn
 from kvloom.cache import AnyStore, LayerShape
 from kvloom.errors import UnsupportedModel
+from kvloom.models.autocast import refuse_autocast
 from kvloom.models.binding import Regime
 from kvloom.models.encoder import Encoder
 from kvloom.models.identity import Identity, digest_of_writes, identify
@@ -101,7 +102,8 @@ class HostedModel(ABC):
         return any(scale <= MOST_ROWS for scale in row_scales(self.model))
 
     def check_ready(self) -> None:
-        """Refuse training mode, gradient checkpointing, and a model that was moved since it was attached."""
+        """Refuse training mode, gradient checkpointing, autocast, and a model that was moved since it was attached."""
+        refuse_autocast(self.device)
         dtype, device = _lies_as(self.model)
         if (dtype, device) != (self.dtype, self.device):
             raise UnsupportedModel(
@@ -140,7 +142,7 @@ class HostedModel(ABC):
     def _adapters(self) -> str:
         """Which adapters are active, and how."""
         # PEFT's layers; the method of the same name on a model needs PEFT to be installed.
-        names = ("active_adapters", "disable_adapters", "scaling")
+        names = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
         return repr(
             [
                 [getattr(module, name, None) for name in names]

@@ -72,19 +72,30 @@ def packable(model: nn.Module, packing: Packing | None, *, exclusive: bool = Fal
 
 
 class PackedLinear:
-    """A linear layer that uses a packed weight."""
+    """A linear layer that uses a packed weight.
 
-    def __init__(self, module: nn.Linear, packing: Packing, packed: Any) -> None:
+    Args:
+        adapter: what wraps the layer and may be merged into its weight; None if nothing does.
+    """
+
+    def __init__(self, module: nn.Linear, packing: Packing, packed: Any, adapter: nn.Module | None = None) -> None:
         self.module = module
         self.packed = packed
         self._packing = packing
-        self._seen = _state(module.weight)
+        self._adapter = adapter
+        self._seen = self._state()
 
     def refresh(self) -> None:
-        """Pack again if the owner has replaced the weight or written to it."""
-        if self._seen != _state(self.module.weight):
+        """Pack again if the owner has replaced the weight, written to it, or merged adapters into it."""
+        if self._seen != self._state():
             self.packed = self._packing.pack(self.module.weight)
-            self._seen = _state(self.module.weight)
+            self._seen = self._state()
+
+    def _state(self) -> tuple[int, int, tuple[str, ...]]:
+        """Changes when the weight is replaced or written to; PEFT merges without a trace, but says what it merged."""
+        weight = self.module.weight
+        merged = () if self._adapter is None else tuple(getattr(self._adapter, "merged_adapters", ()))
+        return weight.data_ptr(), 0 if weight.is_inference() else weight._version, merged
 
     def forward(self, input: Tensor) -> Tensor:
         """What `nn.Linear.forward` returns."""
@@ -147,6 +158,7 @@ class PackedLinears:
         weights = packable(model, packing, exclusive=exclusive)
         packing.reserve(weight.parameter for weight in weights)
         files = mapped_files() if exclusive else []
+        self._adapters = {own: outer for outer in model.modules() if _is_adapter(outer) for own in outer.modules()}
         # One by one, so that a whole second copy is never in memory.
         for weight in weights:
             packed = _pack(weight, packing, files if exclusive and weight.can_be_given_up(packing) else [])
@@ -156,7 +168,7 @@ class PackedLinears:
     def _take_over(self, weight: Weight, packing: Packing, packed: Any, files: list[Range]) -> None:
         self.packed_bytes += packing.packed_bytes(weight.parameter)
         for module in weight.linears:
-            self._layers[module] = PackedLinear(module, packing, packed)
+            self._layers[module] = PackedLinear(module, packing, packed, self._adapters.get(module))
             self._packed_of[module] = packed
         if not self._exclusive:
             return
@@ -243,8 +255,3 @@ def _is_plain(module: nn.Module) -> bool:
 def _is_adapter(module: nn.Module) -> bool:
     """PEFT's layers."""
     return isinstance(getattr(type(module), "active_adapters", None), property)
-
-
-def _state(weight: Tensor) -> tuple[int, int]:
-    """Changes when the weight is replaced or written to."""
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kvloom.blocks import PoolExhausted
-from kvloom.cache import CachedSequence, CacheLayout, KVCache, LayerShape, in_own_dtype
+from kvloom.cache import CachedSequence, CacheLayout, Extension, KVCache, LayerShape, Turns, in_own_dtype
 from kvloom.errors import CacheFull, CacheMismatch, UnsupportedModel
 from kvloom.models.cache_interface import CacheInterfaceBinding
 from kvloom.models.step_cache import StoredLayer
@@ -43,7 +43,8 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped for us
             `reset` then.
 
     Every layer keeps every token, whatever its window: the model masks what it does not see. A cache that is dropped
-    gives its blocks back to those it shared them with.
+    gives its blocks back to those it shared them with, between two changes of the others, whenever the garbage
+    collector comes. Forks may be used by several threads.
 
     Example::
 
@@ -63,7 +64,8 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped for us
         device: torch.device | str = "cpu",
     ) -> None:
         layout = CacheLayout(layers=tuple(layers), dtype=dtype, block_tokens=block_tokens)
-        self._stand_on(_Rows(KVCache(layout, budget_bytes=budget_bytes, device=torch.device(device))))
+        cache = KVCache(layout, budget_bytes=budget_bytes, device=torch.device(device))
+        self._stand_on(_Rows(cache, Turns(cache)))
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, *, budget_bytes: int, block_tokens: int = 16) -> PagedCache:
@@ -181,13 +183,17 @@ class _PagedLayer(StoredLayer):
 class _Rows:
     """The rows of a batch, all equally long.
 
+    Args:
+        cache: where they live, with those of all forks.
+        turns: at this cache.
+
     Attributes:
         written: for each layer, tokens of each row that it has been given. Within a forward pass the first layers are
             ahead of the others.
     """
 
-    def __init__(self, cache: KVCache) -> None:
-        self.cache = cache
+    def __init__(self, cache: KVCache, turns: Turns) -> None:
+        self.cache, self._turns = cache, turns
         self.sequences: list[CachedSequence] = []
         self.written = [0] * len(cache.layout.layers)
         self._slots: Tensor | None = None
@@ -200,6 +206,11 @@ class _Rows:
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add a layer's new keys and values; the first layer to come makes room in all."""
         batch, _, count, _ = keys.shape
+        if {keys.dtype, values.dtype} != {self.cache.layout.dtype}:
+            raise CacheMismatch(
+                f"the cache keeps {self.cache.layout.dtype}, and was given keys of {keys.dtype} and values of "
+                f"{values.dtype}. Make one of the dtype in which the model computes, and use it outside of autocast."
+            )
         if not self.sequences:
             self.sequences = [self.cache.open() for _ in range(batch)]
         if batch != len(self.sequences):
@@ -209,6 +220,7 @@ class _Rows:
             )
         first = self.written[layer]
         if first == self.tokens:
+            self._check_whole()
             self._extend(count)
         if first + count > self.tokens:
             raise CacheMismatch(
@@ -227,42 +239,64 @@ class _Rows:
 
     def select(self, rows: Sequence[int]) -> None:
         """Row i becomes a fork of row `rows[i]`."""
-        before, self.sequences = self.sequences, [self.cache.fork(self.sequences[row]) for row in rows]
-        for sequence in before:
-            self.cache.close(sequence)
+        with self._turns.turn():
+            before, self.sequences = self.sequences, [self.cache.fork(self.sequences[row]) for row in rows]
+            for sequence in before:
+                self.cache.close(sequence)
         self._slots = None
 
     def truncate(self, count: int) -> None:
         """Forget the last `count` tokens."""
         tokens = max(0, self.tokens - count)
-        for sequence in self.sequences:
-            self.cache.truncate(sequence, tokens)
+        with self._turns.turn():
+            for sequence in self.sequences:
+                self.cache.truncate(sequence, tokens)
         self.written = [min(written, tokens) for written in self.written]
         self._slots = None
 
     def fork(self) -> _Rows:
         """The same rows, in the same blocks."""
-        child = _Rows(self.cache)
-        child.sequences = [self.cache.fork(sequence) for sequence in self.sequences]
+        child = _Rows(self.cache, self._turns)
+        with self._turns.turn():
+            child.sequences = [self.cache.fork(sequence) for sequence in self.sequences]
         child.written = list(self.written)
         return child
 
     def close(self) -> None:
-        """Give the blocks back."""
-        for sequence in self.sequences:
-            self.cache.close(sequence)
-        self.sequences, self.written, self._slots = [], [0] * len(self.written), None
+        """Give the blocks back; the garbage collector may call it at any moment."""
+        dropped, self.sequences = self.sequences, []
+        self.written, self._slots = [0] * len(self.written), None
+        self._turns.drop(dropped)
+
+    def _check_whole(self) -> None:
+        """Refuse to begin a pass behind one that was cut short, in which some layers were given fewer tokens."""
+        lacking = self.tokens - min(self.written)
+        if lacking:
+            raise CacheMismatch(
+                f"a pass over {lacking} tokens was cut short: some layers were given them, and others were not. Take "
+                f"them back with `crop(-{lacking})`, or reset the cache."
+            )
 
     def _extend(self, count: int) -> None:
+        requests = [(sequence, count) for sequence in self.sequences]
+        with self._turns.turn():
+            try:
+                extension = self.cache.extend(requests)
+            except PoolExhausted:
+                self._turns.collect()
+                extension = self._extension_or_refusal(requests)
+            self.cache.commit(extension)
+        self._slots = None
+
+    def _extension_or_refusal(self, requests: Sequence[tuple[CachedSequence, int]]) -> Extension:
         try:
-            self.cache.commit(self.cache.extend([(sequence, count) for sequence in self.sequences]))
+            return self.cache.extend(requests)
         except PoolExhausted as exhausted:
             budget = self.cache.store.allocated_bytes
             raise CacheFull(
-                f"{len(self.sequences)} rows of {self.tokens + count} tokens: {exhausted}, of {self.cache.blocks} in a "
-                f"budget of {budget:,} bytes. Raise budget_bytes, or drop forks."
+                f"{len(requests)} rows of {self.tokens + requests[0][1]} tokens: {exhausted}, of {self.cache.blocks} "
+                f"in a budget of {budget:,} bytes. Raise budget_bytes, or drop forks."
             ) from exhausted
-        self._slots = None
 
     def _all_slots(self) -> Tensor:
         """int64[batch, tokens]."""

@@ -148,6 +148,8 @@ def _random_sequences(binding: Provable, tokens: int) -> list[CheckedSequence]:
         torch.randint(binding.vocab_size, (count,), generator=generator).tolist()
         for count in (tokens, tokens // 2, DECODED_TOKENS)
     )
+    if binding.counting is not None:
+        long, short, ending = map(binding.counting.without_pad, (long, short, ending))
     sources: list[Source | None] = [None, None]
     if binding.encoder is not None:
         sources = [binding.encoder.random_source(generator, tokens=count) for count in SOURCE_TOKENS]

@@ -34,6 +34,8 @@ def prove_shows(binding: Binding, wanted: Wanted) -> None:
     """
     tokens = min(TOKENS, binding.max_tokens or TOKENS)
     token_ids = [(7 * index + 3) % binding.vocab_size for index in range(tokens)]
+    if binding.counting is not None:
+        token_ids = binding.counting.without_pad(token_ids)
     source = None if binding.encoder is None else binding.encoder.trial_source()
     own = binding.views_of(torch.tensor([token_ids], device=binding.device), wanted, source=source)[0]
     cached = _cached_view(binding, token_ids, wanted, source)

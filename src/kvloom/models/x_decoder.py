@@ -14,6 +14,7 @@ from torch import Tensor
 from kvloom.attention import build_plan
 from kvloom.cache import CachedSequence, CacheLayout, KVCache, LayerShape, Store, in_own_dtype, place_source
 from kvloom.errors import AttachMismatch, KVLoomError, UnsupportedModel
+from kvloom.models.autocast import refuse_autocast
 from kvloom.models.dense import DenseBatch, dense_batches
 from kvloom.models.identity import digest_of_writes
 from kvloom.models.tolerance import TOLERANCE
@@ -56,7 +57,8 @@ class DecoderBinding:
             raise UnsupportedModel(f"this {type(decoder).__name__} cannot be run on its own cache: {error}") from error
 
     def check_ready(self) -> None:
-        """Refuse training mode, and a decoder that was moved since it was attached."""
+        """Refuse autocast, training mode, and a decoder that was moved since it was attached."""
+        refuse_autocast(self.device)
         weight = next(self._decoder.parameters())
         if (weight.dtype, weight.device) != (self.dtype, self.device):
             raise UnsupportedModel(

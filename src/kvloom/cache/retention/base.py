@@ -197,6 +197,10 @@ class Retained:
         """Of `count` queries from position `first` on, how many of the last ones the policy wants to observe."""
         return self.policy.observed(range(first, first + count), self.prompt)
 
+    def cut(self, tokens: int) -> Retained:
+        """The state of the sequence when it is cut to `tokens`, where its policy allows that."""
+        return replace(self, prompt=range(min(self.prompt.start, tokens), min(self.prompt.stop, tokens)))
+
     def going_on(self, policy: Retention, *, computed: int, prompt_tokens: int, trained_tokens: int | None) -> Retained:
         """The state of a sequence of `computed` tokens that is continued to `prompt_tokens`."""
         exact = policy.exact_tokens(prompt_tokens, trained_tokens)
