@@ -147,8 +147,7 @@ def about_separators(costs: Sequence[Cost], qualities: Sequence[Quality], tokens
         f"Behind {CONTEXT_TOKENS} tokens of text they cost {_price(pinned, whole)}; without the separators "
         f"{_price(window, whole)}",
         "false of a model that was trained with full attention: its separators sum nothing up. Bytes fall, but only "
-        "with blocks as small as a token; a step saves no more than its attention, less what it costs to leave the "
-        "fastest path",
+        "with blocks as small as a token; a step saves no more than its attention",
     )
 
 
