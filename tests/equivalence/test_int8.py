@@ -318,6 +318,14 @@ def test_verify_compares_what_must_be_equal_and_says_what_the_codec_costs(lm: La
     assert report.to_dict()["cost"]["tokens"] == report.cost.tokens == 60
 
 
+@pytest.mark.parametrize("family", tiny.LENGTH_DEPENDENT_ROPE_FAMILIES)
+def test_verify_recomputes_each_token_under_the_rotary_factors_that_it_had(family: str) -> None:
+    """The longest of the prompts crosses the length at which they change."""
+    report = kvloom.attach(tiny.tiny_model(family), codec="int8").verify()
+    assert report.ok, str(report)
+    assert report.cost is not None and report.cost.max_divergence < 0.1
+
+
 @pytest.mark.parametrize(
     "mistake", ["a chunk reads native blocks", "a chunk's scales are coarser", "a part is not read"]
 )

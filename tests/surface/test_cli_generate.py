@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pty
@@ -254,6 +255,19 @@ def test_in_a_terminal_the_prompt_stands_dim_before_the_text_and_no_bar_after_it
     text = lm.generate(PROMPT, max_new_tokens=30).text
     assert f"\x1b[2m{PROMPT}\x1b[0m{text}\r\n" in terminal.output
     assert terminal.output.count("\x1b[?25l") == terminal.output.count("\x1b[?25h"), "the cursor is shown again"
+
+
+def test_no_ngram_is_written_twice(run: Any) -> None:
+    options = ("--max-new-tokens", "60", "--json")
+    for beams in ("1", "3"):
+        looped, found = (
+            json_of(run(PROMPT, "--num-beams", beams, "--no-repeat-ngram-size", size, *options))["generations"][0][
+                "token_ids"
+            ]
+            for size in ("0", "2")
+        )
+        assert len(set(itertools.pairwise(looped))) < 59, "else it shows nothing"
+        assert len(set(itertools.pairwise(found))) == 59
 
 
 def test_ctrl_c_in_mid_stream_ends_with_130_and_no_traceback(stories260k: Path, tmp_path: Path) -> None:

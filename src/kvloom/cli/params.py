@@ -158,6 +158,13 @@ def sampling_options(function: Function) -> Function:
             section="Sampling",
             help="Subtracted from the logits of tokens written before. Needs no sampling.",
         ),
+        option(
+            "--no-repeat-ngram-size",
+            metavar="N",
+            type=click.IntRange(min=0),
+            section="Sampling",
+            help="No N tokens in a row occur twice; 0: they may. Needs no sampling.",
+        ),
     ]
     return decorated(function, options)
 

@@ -19,6 +19,7 @@ from kvloom.engine import Engine
 from kvloom.models import Binding
 from kvloom.prompts import Prompt
 from kvloom.verify.compare import Comparison, Decoded, compare_sequences
+from kvloom.verify.passes import passes_over
 from kvloom.verify.report import Cost
 
 # A number that lies on the border of two codes takes either, as rounding before it will have it. Of float32's 24 bits
@@ -28,17 +29,25 @@ SHARE_OF_COST = {torch.float32: 0.25}
 
 
 def recompute(engine: Engine, prompt: Prompt, decoded: Decoded) -> Tensor:
-    """float32[new tokens, vocab]: the logits behind each new token of a run, from one pass over all of them."""
+    """float32[new tokens, vocab]: the logits behind each new token of a run, from one pass over all of them.
+
+    Where their rotary factors differ, each token has a pass of its own.
+    """
     if not decoded.token_ids:
         return decoded.logits  # of a run that gave no numbers
-    logits, holding = engine.contexts.compute(
-        [*prompt.token_ids, *decoded.token_ids[:-1]],
-        logits_of=len(decoded.token_ids),
-        source=prompt.source,
-        media=prompt.media,
-    )
-    engine.contexts.release(holding)
-    return logits.float().cpu()
+    whole = [*prompt.token_ids, *decoded.token_ids[:-1]]
+    rows = []
+    for tokens, last in _passes_over(engine.binding, prompt, decoded):
+        logits, holding = engine.contexts.compute(
+            whole[:tokens], logits_of=last, source=prompt.source, media=prompt.media
+        )
+        engine.contexts.release(holding)
+        rows.append(logits)
+    return torch.cat(rows).float().cpu()
+
+
+def _passes_over(binding: Binding, prompt: Prompt, decoded: Decoded) -> list[tuple[int, int]]:
+    return passes_over(binding, prompt_tokens=len(prompt.token_ids), new_tokens=len(decoded.token_ids))
 
 
 def chosen_from(logits: Tensor, decoded: Decoded, *, greedily: bool) -> Decoded:
@@ -57,9 +66,12 @@ def compare_hypotheses(recomputed: Sequence[Tensor], found: Sequence[Decoded], *
 
 def cost_of(binding: Binding, codec: str, prompt: Prompt, decoded: Decoded, recomputed: Tensor) -> Cost:
     """How far the logits of one run are from those of the model's own forward over the same tokens."""
-    token_ids = torch.tensor([[*prompt.token_ids, *decoded.token_ids[:-1]]], device=binding.device)
-    logits = binding.forward_uncached(token_ids, last=len(recomputed), source=prompt.source, media=prompt.media)
-    own = logits[0].float().cpu()
+    whole = torch.tensor([[*prompt.token_ids, *decoded.token_ids[:-1]]], device=binding.device)
+    rows = [
+        binding.forward_uncached(whole[:, :tokens], last=last, source=prompt.source, media=prompt.media)[0]
+        for tokens, last in _passes_over(binding, prompt, decoded)
+    ]
+    own = torch.cat(rows).float().cpu()
     expected, found = own.double().log_softmax(-1), recomputed.double().log_softmax(-1)
     divergences = (expected.exp() * (expected - found)).sum(-1)
     return Cost(

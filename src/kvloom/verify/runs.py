@@ -20,6 +20,7 @@ from kvloom.prompts import Prompt
 from kvloom.verify.beams import Watch
 from kvloom.verify.compare import Decoded
 from kvloom.verify.lossy import SHARE_OF_COST, cost_of, recompute
+from kvloom.verify.passes import passes_over
 from kvloom.verify.report import Cost
 from kvloom.verify.samples import Shape
 
@@ -96,11 +97,8 @@ class Runs:
     def own_forward(self, prompt: Prompt, follows: Decoded) -> Decoded:
         """What the model's own forward would choose after each token of a sequence, were it there."""
         binding = self._engine.binding
-        whole, new = [*prompt.token_ids, *follows.token_ids[:-1]], len(follows.token_ids)
-        # One pass serves all tokens if none of them would have had other rotary factors.
-        first = len(prompt.token_ids)
-        alike = all(binding.regime(tokens) == binding.regime(len(whole)) for tokens in range(first, len(whole)))
-        passes = [(len(whole), new)] if alike else [(first + step, 1) for step in range(new)]
+        whole = [*prompt.token_ids, *follows.token_ids[:-1]]
+        passes = passes_over(binding, prompt_tokens=len(prompt.token_ids), new_tokens=len(follows.token_ids))
         ids = [torch.tensor([whole[:tokens]], device=binding.device) for tokens, _ in passes]
         rows = [
             binding.forward_own(own, last=last, source=prompt.source, media=prompt.media)[0]
