@@ -72,14 +72,28 @@ def test_a_changed_source_is_built_anew(sources: Path, cache: Path) -> None:
     assert build("native", sources) != first
 
 
-def test_two_processes_that_build_at_once_both_get_a_whole_library(sources: Path, cache: Path) -> None:
-    both = [
+def test_of_processes_that_start_at_once_one_builds_a_whole_library_for_all(
+    sources: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    counter, compiler = tmp_path / "calls", tmp_path / "slow"
+    compiler.write_text(f'#!/bin/sh\necho >> {counter}\nsleep 1\nexec {find_compiler().command} "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    processes = [
         subprocess.Popen([sys.executable, "-c", BUILD, str(sources)], stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
+        for _ in range(3)
     ]
-    paths = {process.communicate()[0].strip() for process in both}
-    assert [process.returncode for process in both] == [0, 0]
+    paths = {process.communicate()[0].strip() for process in processes}
+    assert [process.returncode for process in processes] == [0, 0, 0]
     assert len(paths) == 1 and list(cache.iterdir()) == [Path(paths.pop())]
+    assert counter.read_text().count("\n") == 3, "two files, one library"
+
+
+def test_a_lock_of_a_process_that_was_killed_stops_nobody(sources: Path, cache: Path, tmp_path: Path) -> None:
+    name = build("native", sources).name
+    (cache / name).rename(cache / f"{name}.lock")
+    assert build("native", sources) == cache / name
+    assert list(cache.iterdir()) == [cache / name]
 
 
 def test_without_a_writable_cache_folder_a_private_temporary_one_serves(

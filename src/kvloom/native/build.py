@@ -1,12 +1,13 @@
 """The native kernels are compiled on the machine that they run on, once, in a few seconds.
 
 What is built lies in the user's cache folder under a name that says of which sources, by which compiler, with which
-flags and for which CPU it was made, so a change of any of them builds anew. Each process builds aside and renames, so
-two that start at once do not see each other's half-written files; the later one wins, with the same result.
+flags and for which CPU it was made, so a change of any of them builds anew. A process builds aside and renames, so that
+nobody sees a half-written file, and others that start meanwhile wait for what it builds.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import platform
@@ -14,8 +15,9 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -156,10 +158,25 @@ def build(target: str, sources: Path = SOURCES) -> Path:
     for folder in folders:
         if _is_writable(folder):
             try:
-                return _build_in(folder, name, compiler, chosen.flags, sources)
+                with _one_at_a_time(folder / f"{name}.lock"):
+                    built = os.path.isfile(folder / name)  # by the process that was waited for
+                    return folder / name if built else _build_in(folder, name, compiler, chosen.flags, sources)
             except OSError as error:
                 raise BuildError(f"{folder} cannot take the kernels: {error.strerror or error}") from error
     raise BuildError(f"neither {folders[0]} nor {folders[1]} can be written")
+
+
+@contextmanager
+def _one_at_a_time(lock: Path) -> Iterator[None]:
+    """The system takes a lock back from a process, however that ends. Where files cannot be locked, each process builds:
+    that costs time and harms nothing."""
+    with lock.open("w") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _build_in(folder: Path, name: str, compiler: Compiler, flags: tuple[str, ...], sources: Path) -> Path:
