@@ -35,8 +35,8 @@ demo: $(RUN) ## install, then decode with the bundled model: stream, beam search
 
 test: lint types contracts unit ## lint, types, import contract, tests
 
-test-all: lint types contracts $(DEV) ## the same, with the slow sweeps
-	$(PYTEST) -m ""
+test-all: lint types contracts $(DEV) ## the same, with the slow sweeps and other random examples each time
+	$(PYTEST) -m "" --hypothesis-profile others
 
 lint: $(DEV) ## ruff: rules and format, changing nothing
 	$(PY) -m ruff check $(CODE)

@@ -20,8 +20,9 @@ from native_targets import targets
 pytestmark = pytest.mark.skipif(not targets(), reason="no C++ compiler")
 
 REFERENCE = ReferenceLinear()
-# Of the largest output: float32 adds up rounding errors, the others round the result.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+# Of the largest output: float32 adds up rounding errors; the others may round to the neighbour, which lies one unit of
+# the last place away, and that is 2**-7 or 2**-10 of the number at most.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
 def cases() -> list[tuple[str, torch.dtype]]:

@@ -55,7 +55,8 @@ class RetentionMachine(RuleBasedStateMachine):
     @rule(target=sequences, policy=st.sampled_from(POLICIES), prompt=st.integers(9, 14))
     def open(self, policy: Retention, prompt: int) -> Sequence:
         cached = begin(self.cache.open(), policy, prompt_tokens=prompt, trained_tokens=None)
-        self.live.append(sequence := Sequence(cached, policy, prompt, [], {}))
+        exact = prompt if isinstance(policy, TopBlocks) else None
+        self.live.append(sequence := Sequence(cached, policy, prompt, [], {}, exact))
         return sequence
 
     @rule(
@@ -111,7 +112,6 @@ class RetentionMachine(RuleBasedStateMachine):
             own.exact = hidden + policy.window_tokens
             return
         if isinstance(policy, TopBlocks):
-            own.exact = own.prompt
             return
         if isinstance(policy, CompressedPrompt):
             if tokens != own.prompt:
@@ -140,6 +140,7 @@ class RetentionMachine(RuleBasedStateMachine):
             return
         self.cache.truncate(own.cached, tokens)
         own.held = [position for position in own.held if position < tokens]
+        own.prompt = min(own.prompt, tokens)
 
     @rule(own=sequences)
     def remember(self, own: Sequence) -> None:
