@@ -168,8 +168,10 @@ def build(target: str, sources: Path = SOURCES) -> Path:
 
 @contextmanager
 def _one_at_a_time(lock: Path) -> Iterator[None]:
-    """The system takes a lock back from a process, however that ends. Where files cannot be locked, each process builds:
-    that costs time and harms nothing."""
+    """One process at a time holds `lock`; the system takes it back from a process, however that ends.
+
+    Where files cannot be locked, each process builds: that costs time and harms nothing.
+    """
     with lock.open("w") as file:
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
