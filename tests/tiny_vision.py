@@ -33,8 +33,8 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from kvloom.loading import DEMO_MODEL
-from kvloom.processors import without_videos
+from kvloom.loading.checkpoint import DEMO_MODEL
+from kvloom.loading.processor import without_videos
 from tiny import _draw_weights
 
 WORDS = 118

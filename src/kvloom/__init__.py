@@ -25,17 +25,17 @@ from kvloom.errors import (
 if TYPE_CHECKING:
     from kvloom.attaching import attach, load
     from kvloom.cache.retention import CompressedPrompt, HeavyHitters, LastQuery, SinkWindow, TopBlocks
-    from kvloom.context import Context
     from kvloom.dropin import generate
     from kvloom.embeddings import Embedded, EmbeddingContext, EmbeddingModel
     from kvloom.engine import Usage
-    from kvloom.inspecting import Inspection
-    from kvloom.model import LanguageModel
+    from kvloom.language_model.context import Context
+    from kvloom.language_model.inspecting import Inspection
+    from kvloom.language_model.model import LanguageModel
+    from kvloom.language_model.results import Extended, Generation, Hypotheses, Piece
+    from kvloom.language_model.scoring import Score, Scores
+    from kvloom.language_model.stream import Stream
     from kvloom.models import PagedCache
     from kvloom.planning import MemoryPlan, plan
-    from kvloom.results import Extended, Generation, Hypotheses, Piece
-    from kvloom.scoring import Score, Scores
-    from kvloom.stream import Stream
     from kvloom.verify import Report
 
 __version__ = "0.1.0"
@@ -81,25 +81,25 @@ __all__ = [
 # mistyped option are answered at once (PEP 562).
 _LATE = {
     "CompressedPrompt": "cache.retention",
-    "Context": "context",
+    "Context": "language_model.context",
     "Embedded": "embeddings",
     "EmbeddingContext": "embeddings",
     "EmbeddingModel": "embeddings",
-    "Extended": "results",
-    "Generation": "results",
+    "Extended": "language_model.results",
+    "Generation": "language_model.results",
     "HeavyHitters": "cache.retention",
-    "Hypotheses": "results",
-    "Inspection": "inspecting",
-    "LanguageModel": "model",
+    "Hypotheses": "language_model.results",
+    "Inspection": "language_model.inspecting",
+    "LanguageModel": "language_model.model",
     "LastQuery": "cache.retention",
     "MemoryPlan": "planning",
     "PagedCache": "models",
-    "Piece": "results",
+    "Piece": "language_model.results",
     "Report": "verify",
-    "Score": "scoring",
-    "Scores": "scoring",
+    "Score": "language_model.scoring",
+    "Scores": "language_model.scoring",
     "SinkWindow": "cache.retention",
-    "Stream": "stream",
+    "Stream": "language_model.stream",
     "TopBlocks": "cache.retention",
     "Usage": "engine",
     "attach": "attaching",

@@ -14,8 +14,8 @@ from kvloom.embeddings import EmbeddingModel
 from kvloom.engine import Engine
 from kvloom.engine.retaining import check_policy, settle
 from kvloom.errors import InvalidRequest, UnsupportedModel
+from kvloom.language_model.model import LanguageModel
 from kvloom.loading import check_tokenizer, load_pretrained
-from kvloom.model import LanguageModel
 from kvloom.models import Binding, CachedCallableBinding, CallableBinding, HostedModel, bind
 from kvloom.models.cached_callable import speaks_cache_protocol
 from kvloom.models.mapped import give_back_freed

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvloom.context import Context
 from kvloom.errors import InvalidRequest, PromptTooLong, SnapshotError
-from kvloom.messages import load_image
-from kvloom.model import LanguageModel
+from kvloom.language_model.context import Context
+from kvloom.language_model.model import LanguageModel
+from kvloom.language_model.results import Generation
 from kvloom.prompts import Prompt
-from kvloom.results import Generation
+from kvloom.prompts.messages import load_image
 from kvloom.text import encode_continuation, encode_start
 
 FORMAT = "kvloom conversation 1"

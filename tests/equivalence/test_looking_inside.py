@@ -151,7 +151,7 @@ def test_one_of_the_two_can_be_asked_for_alone_and_only_by_those_who_ask() -> No
 
 
 def _asked(options: dict[str, Any]) -> Any:
-    from kvloom.calls import Asked
+    from kvloom.language_model.calls import Asked
 
     return Asked(None, None, None, None, options)
 

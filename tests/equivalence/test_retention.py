@@ -11,7 +11,7 @@ import kvloom
 import naive_retention as naive
 from kvloom.cache.retention import Retention
 from kvloom.engine import Engine
-from kvloom.model import LanguageModel
+from kvloom.language_model.model import LanguageModel
 from kvloom.models import AttentionInterfaceBinding
 from tiny import random_ids, tiny_model
 

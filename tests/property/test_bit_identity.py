@@ -14,7 +14,7 @@ from torch import Tensor
 
 import kvloom
 from kvloom.engine import Engine
-from kvloom.model import LanguageModel
+from kvloom.language_model.model import LanguageModel
 from kvloom.native import Library, native
 from tiny import tiny_model
 

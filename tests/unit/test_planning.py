@@ -16,7 +16,6 @@ import kvloom
 import tiny
 from kvloom.cache import CacheLayout, KVCache
 from kvloom.engine.planner import default_budget_bytes, worst_case_blocks
-from kvloom.engine.rehearsal import LiveBytes, step_bytes
 from kvloom.errors import (
     CacheFull,
     InvalidRequest,
@@ -29,6 +28,7 @@ from kvloom.models import AttentionInterfaceBinding
 from kvloom.models.packings import choose_packing
 from kvloom.models.weightless import build_weightless
 from kvloom.planning import MemoryPlan, count_weights
+from kvloom.planning.rehearsal import LiveBytes, step_bytes
 
 LLAMA_7B = {
     "model_type": "llama",

@@ -20,8 +20,8 @@ from kvloom.bench.quality.measure import Run, compare, model_under
 from kvloom.bench.quality.settings import REFERENCE, all_settings
 from kvloom.cache.retention import Held
 from kvloom.errors import InvalidRequest
-from kvloom.loading import DEMO_MODEL
-from kvloom.model import LanguageModel
+from kvloom.language_model.model import LanguageModel
+from kvloom.loading.checkpoint import DEMO_MODEL
 
 BLOCK = 16
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from kvloom.bench.quality.facts import OWNERS, VALUES, draw_facts
 from kvloom.bench.quality.texts import cut_passages, find_borders, plant_facts, read_text
 from kvloom.errors import InvalidRequest
-from kvloom.loading import DEMO_MODEL
+from kvloom.loading.checkpoint import DEMO_MODEL
 
 
 @pytest.fixture(scope="module")

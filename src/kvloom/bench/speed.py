@@ -13,7 +13,7 @@ import torch
 from kvloom.bench.bandwidth import read_bandwidth, weight_bytes_a_step
 from kvloom.bench.timing import Timing, median_prefill, median_step, time_run
 from kvloom.errors import InvalidRequest, PromptTooLong
-from kvloom.model import LanguageModel
+from kvloom.language_model.model import LanguageModel
 
 SHORTEST = 32
 LONGEST = 1_024

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvloom.engine import Engine, Event, StepDone, Usage
-from kvloom.model import LanguageModel
+from kvloom.language_model.model import LanguageModel
 
 
 @dataclass(frozen=True)

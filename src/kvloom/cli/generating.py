@@ -15,8 +15,8 @@ from kvloom.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from kvloom.decoding import Options
-    from kvloom.model import LanguageModel
-    from kvloom.results import Generation
+    from kvloom.language_model.model import LanguageModel
+    from kvloom.language_model.results import Generation
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -32,8 +32,8 @@ def prepare(lm: LanguageModel, asked: Any, given: dict[str, Any], *, text: str |
     """
     from kvloom.decoding import resolve
     from kvloom.decoding.randomness import fresh_seed
-    from kvloom.messages import is_conversation
     from kvloom.prompts import read_prompt
+    from kvloom.prompts.messages import is_conversation
 
     if text is not None and lm.tokenizer is None:
         raise InvalidRequest(f"{model} has no tokenizer. Pass token ids with --token-ids.")

@@ -14,7 +14,7 @@ from kvloom.cli.terminal import is_terminal, waiting
 from kvloom.cli.values import ByteSize
 
 if TYPE_CHECKING:
-    from kvloom.model import LanguageModel
+    from kvloom.language_model.model import LanguageModel
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -17,8 +17,8 @@ from kvloom.cli.terminal import stderr_console, stdout_console, waiting
 from kvloom.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from kvloom.model import LanguageModel
-    from kvloom.scoring import Score, Scores
+    from kvloom.language_model.model import LanguageModel
+    from kvloom.language_model.scoring import Score, Scores
 
 
 @click.command(cls=Command)

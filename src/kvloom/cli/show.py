@@ -20,7 +20,7 @@ TOKEN_COLUMNS = 48
 
 if TYPE_CHECKING:
     from kvloom.engine import Usage
-    from kvloom.results import Generation
+    from kvloom.language_model.results import Generation
 
 
 def print_prompt(prompt: str) -> None:

@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from transformers import GenerationConfig
 
-from kvloom.decoding.notices import warn
 from kvloom.decoding.option_checks import BEAMS_ONLY, CHECKS, SAMPLING_ONLY, token_ids_in
 from kvloom.decoding.refusals import ALREADY_SO, REFUSED, refuse_unsupported
 from kvloom.errors import InvalidRequest, PromptTooLong, UnknownOption
+from kvloom.notices import warn
 
 DEFAULT_NEW_TOKENS = 20
 

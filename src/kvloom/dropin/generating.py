@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from kvloom.calls import Asked
 from kvloom.decoding import Options
 from kvloom.decoding.option_checks import CHECKS
 from kvloom.decoding.refusals import REFUSED
@@ -26,9 +25,10 @@ from kvloom.dropin.remembering import language_model
 from kvloom.dropin.transcribing import transcribe, transcribes
 from kvloom.engine import Request
 from kvloom.errors import InvalidRequest, UnsupportedOption
-from kvloom.model import LanguageModel
-from kvloom.results import Generation
-from kvloom.stream import Stream
+from kvloom.language_model.calls import Asked
+from kvloom.language_model.model import LanguageModel
+from kvloom.language_model.results import Generation
+from kvloom.language_model.stream import Stream
 
 AllowedTokens = Callable[[int, Tensor], list[int]]
 

@@ -11,7 +11,7 @@ from kvloom.decoding import Options
 from kvloom.dropin import sourced
 from kvloom.dropin.padding import Batch, read_batch
 from kvloom.errors import InvalidRequest
-from kvloom.model import LanguageModel
+from kvloom.language_model.model import LanguageModel
 from kvloom.models import Binding
 from kvloom.models.vision import MEDIA_INPUTS, NOT_OF_MEDIA
 

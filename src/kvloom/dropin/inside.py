@@ -15,8 +15,8 @@ from kvloom.attention.views import Layers
 from kvloom.decoding import BeamSearch
 from kvloom.dropin.padding import Batch
 from kvloom.engine import Request
-from kvloom.model import LanguageModel
-from kvloom.results import Inside
+from kvloom.language_model.model import LanguageModel
+from kvloom.language_model.results import Inside
 
 Seen = list[View | None]
 """What one step has shown of each sequence or running beam; None of those that do not run any more."""

@@ -6,11 +6,11 @@ from typing import Any
 
 from transformers import DynamicCache
 
-from kvloom.context import Context
 from kvloom.decoding import Options
 from kvloom.dropin.padding import Batch
 from kvloom.errors import UnsupportedOption
-from kvloom.model import LanguageModel
+from kvloom.language_model.context import Context
+from kvloom.language_model.model import LanguageModel
 
 
 def begin_with(past: Any, lm: LanguageModel, batch: Batch, options: Options) -> Context | None:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from kvloom.attaching import attach
 from kvloom.errors import InvalidRequest, UnsupportedModel
-from kvloom.model import LanguageModel
+from kvloom.language_model.model import LanguageModel
 
 NAME = "_kvloom_attached"
 

@@ -12,11 +12,10 @@ from torch import Tensor
 from kvloom.decoding import Options
 from kvloom.dropin.padding import Batch, read_ids, read_mask
 from kvloom.errors import InvalidRequest, UnsupportedOption
-from kvloom.model import LanguageModel
+from kvloom.language_model.model import LanguageModel
 from kvloom.models import HostedModel, Source
 from kvloom.models.source import SourceReader
-from kvloom.prompts import Prompt, read_token_ids
-from kvloom.sources import Start
+from kvloom.prompts import Prompt, Start, read_token_ids
 
 NAMES = ("attention_mask", "decoder_input_ids", "decoder_attention_mask")
 """What is taken besides the encoder's own input."""

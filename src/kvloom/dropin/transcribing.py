@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.models.whisper.generation_whisper import WhisperGenerationMixin
 
-from kvloom.calls import Asked
 from kvloom.dropin.outputs import Output
 from kvloom.errors import InvalidRequest, UnsupportedOption
-from kvloom.model import LanguageModel
+from kvloom.language_model.calls import Asked
+from kvloom.language_model.model import LanguageModel
 from kvloom.models import HostedModel
 
 Decode = Callable[[Tensor | None, Asked], Tensor | Output]

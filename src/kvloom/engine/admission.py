@@ -12,7 +12,7 @@ from kvloom.cache import CachedSequence, KVCache
 from kvloom.cache.retention import Retention
 from kvloom.engine.holding import Holding, Holdings, is_current
 from kvloom.engine.planner import request_blocks, shares_prompt
-from kvloom.errors import CacheFull
+from kvloom.errors import CacheFull, PromptTooLong
 from kvloom.models import Binding, Source
 
 Blocks = tuple[int, ...]
@@ -145,6 +145,21 @@ class Admission:
             f"({_mebibytes(self._cache.store.allocated_bytes)}). Raise budget_bytes to at least {budget:,} "
             f"({_mebibytes(budget)}), {remedy}."
         )
+
+
+def check_length(limit: int | None, prompt_tokens: int, new_tokens: int) -> None:
+    """Raise `PromptTooLong` unless both fit the model's context of `limit` tokens."""
+    if limit is None or prompt_tokens + new_tokens <= limit:
+        return
+    if prompt_tokens >= limit:
+        raise PromptTooLong(
+            f"the prompt has {prompt_tokens:,} tokens; the model's context of {limit:,} leaves no room for a "
+            "new one. Shorten the prompt."
+        )
+    raise PromptTooLong(
+        f"{prompt_tokens:,} prompt tokens and {new_tokens:,} new ones exceed the model's context of {limit:,}. "
+        f"Lower max_new_tokens to {limit - prompt_tokens:,}, or shorten the prompt."
+    )
 
 
 def _mebibytes(size: int) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from kvloom.errors import InvalidRequest, UnsupportedModel
-from kvloom.model import LanguageModel
+from kvloom.language_model.model import LanguageModel
 from kvloom.models import AttentionInterfaceBinding
 from kvloom.models.looking import Look
 from kvloom.prompts import read_prompt

@@ -9,7 +9,7 @@ import torch
 
 from kvloom.cache import Codec, check_codec
 from kvloom.cache.retention import Retention
-from kvloom.calls import check_length
+from kvloom.engine.admission import check_length
 from kvloom.engine.retaining import check_policy
 from kvloom.errors import InvalidRequest, UnknownOption
 from kvloom.models import Source

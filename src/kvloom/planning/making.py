@@ -11,9 +11,7 @@ import torch
 from kvloom.cache import CacheLayout
 from kvloom.cache.retention import TopBlocks
 from kvloom.engine import Engine
-from kvloom.engine.footprint import product_bytes, resident_bytes, warm_up
 from kvloom.engine.planner import default_budget_bytes, longest_kept
-from kvloom.engine.rehearsal import step_bytes
 from kvloom.engine.scheduler import STEP_TOKENS
 from kvloom.errors import InvalidRequest, UnsupportedModel
 from kvloom.loading import load_config, read_dtype
@@ -23,6 +21,8 @@ from kvloom.models.selfcheck import check_bytes
 from kvloom.models.weightless import Weightless, build_weightless
 from kvloom.planning.batch import Batch
 from kvloom.planning.counts import BatchBlocks
+from kvloom.planning.footprint import product_bytes, resident_bytes, warm_up
+from kvloom.planning.rehearsal import step_bytes
 from kvloom.planning.report import GroupPlan, MemoryPlan
 from kvloom.planning.weights import Weights, count_weights, held_bytes
 

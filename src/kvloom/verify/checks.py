@@ -11,8 +11,7 @@ from kvloom.cache.retention import Retention
 from kvloom.engine import Engine
 from kvloom.errors import InvalidRequest
 from kvloom.models import Binding
-from kvloom.prompts import Prompt, PromptReader
-from kvloom.sources import read_sources
+from kvloom.prompts import Prompt, PromptReader, read_sources
 from kvloom.verify.beams import compare_beams
 from kvloom.verify.compare import Comparison, Decoded, compare_sequences
 from kvloom.verify.differences import equal_prefix, worst

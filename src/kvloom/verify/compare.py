@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvloom.decoding.randomness import Uniforms
-from kvloom.results import Generation
+from kvloom.language_model.results import Generation
 from kvloom.verify.differences import Pair, equal_prefix, largest, pair_at, row_differences, same_bits, scale_of
 from kvloom.verify.report import Divergence
 

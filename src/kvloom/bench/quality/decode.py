@@ -13,9 +13,9 @@ from transformers import LogitsProcessor
 from kvloom.bench.quality.settings import Setting
 from kvloom.bench.timing import step_ends
 from kvloom.cache.retention import Retention
-from kvloom.context import Context
 from kvloom.engine import Engine
-from kvloom.model import LanguageModel
+from kvloom.language_model.context import Context
+from kvloom.language_model.model import LanguageModel
 
 UNCOUNTED = 2
 """Forced tokens without logits of their own: the first runs as a prompt, and the second is what that pass predicts."""

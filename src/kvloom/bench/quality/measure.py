@@ -18,7 +18,7 @@ from kvloom.cache.codec import CODECS
 from kvloom.cache.retention.base import check_count
 from kvloom.engine import Engine
 from kvloom.errors import InvalidRequest
-from kvloom.model import LanguageModel
+from kvloom.language_model.model import LanguageModel
 
 KEEPS = (0.5, 0.25, 0.125)
 CONTEXT_TOKENS = 768

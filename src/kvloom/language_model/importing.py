@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvloom.context import Context
 from kvloom.engine import Engine
 from kvloom.engine.foreign import read_pairs
 from kvloom.errors import InvalidRequest
+from kvloom.language_model.context import Context
 from kvloom.prompts import read_prompt
 
 

@@ -9,19 +9,19 @@ from typing import Any
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from kvloom.cache.retention import Retention
-from kvloom.calls import UNSET, Asked, Calls, Unset
-from kvloom.context import Context
 from kvloom.engine import Engine
 from kvloom.errors import InvalidRequest
-from kvloom.extending import extend, run_behind
-from kvloom.importing import import_cache
-from kvloom.inspecting import Inspection, inspect
+from kvloom.language_model.calls import UNSET, Asked, Calls, Unset
+from kvloom.language_model.context import Context
+from kvloom.language_model.extending import extend, run_behind
+from kvloom.language_model.importing import import_cache
+from kvloom.language_model.inspecting import Inspection, inspect
+from kvloom.language_model.results import Extended
+from kvloom.language_model.scoring import Normalize, Scores, score
+from kvloom.language_model.stream import Stream
 from kvloom.models import Binding
 from kvloom.planning import MemoryPlan, plan_for
 from kvloom.prompts import PromptReader
-from kvloom.results import Extended
-from kvloom.scoring import Normalize, Scores, score
-from kvloom.stream import Stream
 from kvloom.verify import Report
 from kvloom.verify import verify as run_checks
 

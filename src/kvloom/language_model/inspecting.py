@@ -8,10 +8,10 @@ from torch import Tensor
 
 from kvloom.cache import CachedSequence, KVCache
 from kvloom.cache.layout import LayerGroup
-from kvloom.context import Context, check_context
 from kvloom.engine import Engine
 from kvloom.engine.foreign import gathered
 from kvloom.errors import InvalidRequest
+from kvloom.language_model.context import Context, check_context
 
 
 @dataclass(frozen=True)

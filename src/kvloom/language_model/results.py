@@ -13,7 +13,7 @@ from kvloom.decoding import FinishReason, TopLogprobs
 from kvloom.engine import Usage
 
 if TYPE_CHECKING:
-    from kvloom.context import Context
+    from kvloom.language_model.context import Context
 
 Inside: TypeAlias = tuple[tuple[Tensor, ...], ...]
 """A tensor for each new token and each layer."""

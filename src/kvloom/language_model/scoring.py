@@ -8,12 +8,11 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from kvloom.calls import UNSET, Calls
-from kvloom.context import Context
 from kvloom.engine import Engine, Usage
 from kvloom.errors import EmptyPrompt, InvalidRequest, PromptTooLong
-from kvloom.prompts import Prompt, read_prompt, read_token_ids
-from kvloom.sources import target_side
+from kvloom.language_model.calls import UNSET, Calls
+from kvloom.language_model.context import Context
+from kvloom.prompts import Prompt, read_prompt, read_token_ids, target_side
 from kvloom.text import Seam, decode_new, encode_continuation
 
 Normalize = Literal["none", "tokens", "bytes"]

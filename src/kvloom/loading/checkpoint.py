@@ -24,17 +24,17 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from kvloom.decoding.notices import warn
 from kvloom.errors import CorruptCheckpoint, InvalidRequest, ModelNotFound, TokenizerMismatch, UnsupportedModel
+from kvloom.loading.processor import read_processor
 from kvloom.models.vision import takes_images
 from kvloom.models.weightless import auto_class
-from kvloom.processors import read_processor
+from kvloom.notices import warn
 
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.tiktoken", "spiece.model", "sentencepiece*")
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-DEMO_MODEL = Path(__file__).parent / "demo_model"
+DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 
 
 def load_pretrained(

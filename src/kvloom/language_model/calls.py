@@ -9,18 +9,18 @@ from typing import Any
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from kvloom.cache.retention import Retention
-from kvloom.context import Context, check_context
 from kvloom.decoding import Options, make_decoder, resolve
 from kvloom.engine import Engine, Request
+from kvloom.engine.admission import check_length
 from kvloom.engine.looking import check_look
 from kvloom.engine.retaining import check_policy, settle
-from kvloom.errors import InvalidRequest, PromptTooLong
-from kvloom.generations import results_of
-from kvloom.looking import first_seen, wanted_of
+from kvloom.errors import InvalidRequest
+from kvloom.language_model.context import Context, check_context
+from kvloom.language_model.generations import results_of
+from kvloom.language_model.looking import first_seen, wanted_of
+from kvloom.language_model.results import Hypotheses
 from kvloom.models import Media
-from kvloom.prompts import Prompt, PromptReader
-from kvloom.results import Hypotheses
-from kvloom.sources import Start, read_sourced, target_side
+from kvloom.prompts import Prompt, PromptReader, Start, read_sourced, target_side
 
 OWN_OPTIONS = (
     "retention",
@@ -274,18 +274,3 @@ def _encoder_ids(prompt: Prompt, options: Options) -> list[int] | None:
             "features have none. Leave them out."
         )
     return None if prompt.source.token_ids is None else list(prompt.source.token_ids)
-
-
-def check_length(limit: int | None, prompt_tokens: int, new_tokens: int) -> None:
-    """Raise `PromptTooLong` unless both fit the model's context of `limit` tokens."""
-    if limit is None or prompt_tokens + new_tokens <= limit:
-        return
-    if prompt_tokens >= limit:
-        raise PromptTooLong(
-            f"the prompt has {prompt_tokens:,} tokens; the model's context of {limit:,} leaves no room for a "
-            "new one. Shorten the prompt."
-        )
-    raise PromptTooLong(
-        f"{prompt_tokens:,} prompt tokens and {new_tokens:,} new ones exceed the model's context of {limit:,}. "
-        f"Lower max_new_tokens to {limit - prompt_tokens:,}, or shorten the prompt."
-    )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvloom.context import Context
 from kvloom.decoding import Hypothesis
 from kvloom.engine import Engine, Request, Usage
-from kvloom.looking import inside
-from kvloom.results import Generation, Hypotheses
+from kvloom.language_model.context import Context
+from kvloom.language_model.looking import inside
+from kvloom.language_model.results import Generation, Hypotheses
 from kvloom.text import decode_new, token_strings
 
 

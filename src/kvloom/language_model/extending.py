@@ -9,14 +9,14 @@ from torch import Tensor
 
 from kvloom.attention import View
 from kvloom.cache.retention import Retention
-from kvloom.calls import UNSET, Calls
-from kvloom.context import Context, check_context
 from kvloom.engine import Engine
 from kvloom.engine.looking import Look, check_look
 from kvloom.errors import CacheMismatch, InvalidRequest, PromptTooLong
-from kvloom.looking import wanted_of
+from kvloom.language_model.calls import UNSET, Calls
+from kvloom.language_model.context import Context, check_context
+from kvloom.language_model.looking import wanted_of
+from kvloom.language_model.results import Extended
 from kvloom.prompts import Prompt, read_prompt
-from kvloom.results import Extended
 
 REPEATED_CONTEXT_TOKENS = 4
 """From this length on, new tokens that begin with the whole context are taken for the classic mistake."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvloom.attention import View, Wanted
-from kvloom.context import Context
 from kvloom.decoding.option_checks import CHECKS
-from kvloom.results import Inside
+from kvloom.language_model.context import Context
+from kvloom.language_model.results import Inside
 
 
 def wanted_of(*, output_attentions: bool, output_hidden_states: bool, every_row: bool = False) -> Wanted | None:

@@ -6,9 +6,9 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from typing import Any
 
-from kvloom.calls import Calls
 from kvloom.engine import Engine, Request
-from kvloom.results import Generation, Piece
+from kvloom.language_model.calls import Calls
+from kvloom.language_model.results import Generation, Piece
 from kvloom.text import Detokenizer
 
 
