@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from kvloom.models.packings import NativePacking, OneDnnPacking
+from kvloom.models.packing.packings import NativePacking, OneDnnPacking
 from kvloom.native import Library, native
 from kvloom.native.bandwidth import memory_bandwidth
 from kvloom.native.linear import LinearKernels

@@ -17,12 +17,12 @@ from kvloom.errors import InvalidRequest, UnsupportedModel
 from kvloom.language_model.model import LanguageModel
 from kvloom.loading import check_tokenizer, load_pretrained
 from kvloom.models import Binding, CachedCallableBinding, CallableBinding, HostedModel, bind
-from kvloom.models.cached_callable import speaks_cache_protocol
-from kvloom.models.mapped import give_back_freed
-from kvloom.models.selfcheck import prove
-from kvloom.models.x_decoder import DecoderBinding
-from kvloom.models.x_transformers import is_of, x_transformers_class
-from kvloom.models.x_wrapper import bind_wrapper
+from kvloom.models.callables.cached import speaks_cache_protocol
+from kvloom.models.packing.mapped import give_back_freed
+from kvloom.models.proofs.selfcheck import prove
+from kvloom.models.x_transformers.decoder import DecoderBinding
+from kvloom.models.x_transformers.shared import is_of, x_transformers_class
+from kvloom.models.x_transformers.wrapper import bind_wrapper
 
 
 def load(

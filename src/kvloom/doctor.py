@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from kvloom.bench.bandwidth import read_bandwidth
-from kvloom.models.packings import OneDnnPacking
+from kvloom.models.packing.packings import OneDnnPacking
 from kvloom.native import Absent, Library, native
 from kvloom.native.build import BuildError, cache_folder, cpu_flags, cpu_name, find_compiler
 from kvloom.native.library import VARIABLE

@@ -14,7 +14,7 @@ from kvloom.cache import CachedSequence, CacheLayout, KVCache, Turns
 from kvloom.engine.planner import default_budget_bytes
 from kvloom.errors import CacheFull, CacheMismatch, ContextClosed, InvalidRequest
 from kvloom.models import Source
-from kvloom.models.x_decoder import DecoderBinding
+from kvloom.models.x_transformers.decoder import DecoderBinding
 
 Sequences = tuple[CachedSequence, ...]
 

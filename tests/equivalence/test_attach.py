@@ -16,7 +16,9 @@ from kvloom.attention import torch_ops
 from kvloom.attention.native import NativeAttention
 from kvloom.cache import Reach, Store
 from kvloom.errors import AttachMismatch, CacheMismatch, UnsupportedModel
-from kvloom.models import AttentionInterfaceBinding, probe, selfcheck
+from kvloom.models import AttentionInterfaceBinding
+from kvloom.models.hosted import probe
+from kvloom.models.proofs import selfcheck
 from tiny import (
     LENGTH_DEPENDENT_ROPE_FAMILIES,
     SUPPORTED_FAMILIES,

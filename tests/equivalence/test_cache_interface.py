@@ -14,7 +14,9 @@ from transformers.cache_utils import DynamicLayer
 import kvloom
 import tiny
 from kvloom import AttachMismatch, InvalidRequest, UnsupportedModel
-from kvloom.models import AttentionInterfaceBinding, CacheInterfaceBinding, selfcheck, step_cache
+from kvloom.models import AttentionInterfaceBinding, CacheInterfaceBinding
+from kvloom.models.dense import step_cache
+from kvloom.models.proofs import selfcheck
 
 FAMILIES = [(family, {}) for family in tiny.OWN_ATTENTION_FAMILIES] + [
     ("falcon", {"alibi": True}),

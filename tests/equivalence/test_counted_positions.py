@@ -23,7 +23,7 @@ from transformers import (
 
 import kvloom
 from kvloom.errors import InvalidTokens, PromptTooLong
-from kvloom.models.positions import Counting, counting_of
+from kvloom.models.hosted.positions import Counting, counting_of
 from tiny import _draw_weights, tiny_model
 
 PAD = 3

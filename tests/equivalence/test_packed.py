@@ -12,8 +12,8 @@ from torch import nn
 import kvloom
 import tiny
 from kvloom.errors import InvalidRequest
-from kvloom.models.packed import PackedLinears, packable
-from kvloom.models.packings import OneDnnPacking, Packing, choose_packing
+from kvloom.models.packing.packed import PackedLinears, packable
+from kvloom.models.packing.packings import OneDnnPacking, Packing, choose_packing
 
 PACKINGS = {"native": "1", "onednn": "0"}
 

@@ -359,9 +359,9 @@ BROKEN = [*[(family, what) for family in QWEN for what in ("positions", "places"
 def test_attach_finds_what_is_wrong_with_images_and_refuses_them_alone(
     family: str, broken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvloom.models.features import Features
-    from kvloom.models.media import Media, Medium
-    from kvloom.models.vision import Vision
+    from kvloom.models.images.features import Features
+    from kvloom.models.images.media import Media, Medium
+    from kvloom.models.images.vision import Vision
 
     if broken == "positions":
         monkeypatch.setattr(

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from kvloom.cli import kvloom as command
-from kvloom.cli.values import ByteSize
+from kvloom.cli.options.values import ByteSize
 
 GENERATE = ["generate", "Once upon a time"]
 

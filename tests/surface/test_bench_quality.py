@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from kvloom.bench.quality import Answer, Outcome, QualityReport, Setting
 from kvloom.bench.quality.settings import POLICIES, all_settings
 from kvloom.cli import kvloom as command
-from kvloom.cli.bench_quality_plot import draw
+from kvloom.cli.bench.quality_plot import draw
 
 SHORT = (
     "--prompt-tokens", "96", "--max-new-tokens", "3", "--passages", "1", "--recall-texts", "1",

@@ -312,7 +312,7 @@ def test_characters_of_several_tokens_are_written_whole(tmp_path: Path, monkeypa
     model = tiny.tiny_model("llama", vocab_size=256)
     model.save_pretrained(tmp_path)
     written: list[str] = []
-    monkeypatch.setattr("kvloom.cli.show.print_piece", written.append)
+    monkeypatch.setattr(sys.modules["kvloom.cli.generate.show"], "print_piece", written.append)
     arguments = ["generate", "é", "--model", str(tmp_path), "--max-new-tokens", "200", "--temperature", "1"]
     assert CliRunner().invoke(command, [*arguments, "--seed", "6"]).exit_code == 0
     expected = kvloom.load(tmp_path).generate("é", max_new_tokens=200, temperature=1.0, do_sample=True, seed=6)

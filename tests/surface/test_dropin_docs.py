@@ -13,8 +13,7 @@ import pytest
 from transformers import GenerationConfig
 from transformers.generation import GenerationMixin
 
-from kvloom.decoding.option_checks import CHECKS
-from kvloom.decoding.refusals import ALREADY_SO, REFUSED
+from kvloom.decoding.options import ALREADY_SO, CHECKS, REFUSED
 from kvloom.dropin import generate
 
 ROOT = Path(__file__).parents[2]

@@ -406,7 +406,7 @@ def test_the_command_prints_json_alone(stories260k: Path) -> None:
 
 def test_the_command_ends_with_status_1_if_a_check_fails(stories260k: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Store, "copy", lambda self, group, copies: None)
-    monkeypatch.setattr("kvloom.models.choosing.prove", lambda binding: 0.0)  # attaching would notice
+    monkeypatch.setattr("kvloom.models.hosted.choosing.prove", lambda binding: 0.0)  # attaching would notice
     arguments = ["verify", "--model", str(stories260k), "--prompt", "Once upon a time"]
     shown = CliRunner().invoke(command, arguments)
     assert shown.exit_code == 1

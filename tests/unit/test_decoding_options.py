@@ -13,8 +13,7 @@ from transformers import GenerationConfig
 
 from kvloom.decoding import Options, resolve
 from kvloom.decoding.logits import make_processors
-from kvloom.decoding.option_checks import CHECKS
-from kvloom.decoding.refusals import ALREADY_SO, REFUSED
+from kvloom.decoding.options import ALREADY_SO, CHECKS, REFUSED
 from kvloom.errors import InvalidRequest, PromptTooLong, UnknownOption, UnsupportedOption
 
 

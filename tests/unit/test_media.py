@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvloom.blocks import chain_digests
-from kvloom.models.features import FeatureCache, Features
-from kvloom.models.media import Media, Medium, join
+from kvloom.models.images.features import FeatureCache, Features
+from kvloom.models.images.media import Media, Medium, join
 
 
 def picture(*places: int, pixel: float = 0.0) -> Medium:

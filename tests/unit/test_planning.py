@@ -25,8 +25,8 @@ from kvloom.errors import (
     UnsupportedModel,
 )
 from kvloom.models import AttentionInterfaceBinding
-from kvloom.models.packings import choose_packing
-from kvloom.models.weightless import build_weightless
+from kvloom.models.hosted.weightless import build_weightless
+from kvloom.models.packing.packings import choose_packing
 from kvloom.planning import MemoryPlan, count_weights
 from kvloom.planning.rehearsal import LiveBytes, step_bytes
 

@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvloom.cache import LayerShape, Reach
 from kvloom.errors import UnsupportedModel
-from kvloom.models.probe import PROBE, PROBE_TOKENS, AttentionCall, run_probe
+from kvloom.models.hosted.probe import PROBE, PROBE_TOKENS, AttentionCall, run_probe
 
 Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvloom.models.rotary import RotaryRegimes
+from kvloom.models.hosted.rotary import RotaryRegimes
 from tiny import DYNAMIC_ROPE_SWITCH, LONGROPE_SWITCH, MAX_POSITIONS, random_ids, tiny_model
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}

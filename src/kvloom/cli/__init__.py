@@ -8,13 +8,13 @@ from __future__ import annotations
 import click
 
 from kvloom import __version__
-from kvloom.cli.bench import bench
+from kvloom.cli.bench.command import bench
 from kvloom.cli.chat import chat
 from kvloom.cli.doctor import doctor
 from kvloom.cli.explain import explain
-from kvloom.cli.generate import generate
+from kvloom.cli.generate.command import generate
 from kvloom.cli.group import Loom
-from kvloom.cli.plan import plan
+from kvloom.cli.plan.command import plan
 from kvloom.cli.score import score
 from kvloom.cli.verify import verify
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvloom.cli.generate.show import print_piece
 from kvloom.cli.group import Command
-from kvloom.cli.params import (
+from kvloom.cli.options.params import (
     imply_sampling,
     load_model,
     model_name,
@@ -24,10 +25,9 @@ from kvloom.cli.params import (
     quiet_option,
     sampling_options,
 )
-from kvloom.cli.prompts import as_text
-from kvloom.cli.retention import read_retention, retention_options
-from kvloom.cli.show import print_piece
-from kvloom.cli.terminal import complain, end_line, is_terminal, note
+from kvloom.cli.options.prompts import as_text
+from kvloom.cli.options.retention import read_retention, retention_options
+from kvloom.cli.output.terminal import complain, end_line, is_terminal, note
 from kvloom.errors import InvalidRequest, KVLoomError
 
 if TYPE_CHECKING:

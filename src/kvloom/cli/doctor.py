@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import click
 
 from kvloom import __version__
-from kvloom.cli import show
 from kvloom.cli.group import Command
-from kvloom.cli.params import json_option, load_model, option, quiet_option, silence_libraries
-from kvloom.cli.terminal import stdout_console, waiting
+from kvloom.cli.options.params import json_option, load_model, option, quiet_option, silence_libraries
+from kvloom.cli.output.as_json import print_json
+from kvloom.cli.output.terminal import stdout_console, waiting
 
 if TYPE_CHECKING:
     from kvloom.doctor import Examination
@@ -52,7 +52,7 @@ def doctor(*, as_json: bool, quiet: bool, model: str | None, dtype: str | None, 
         operations = lm.binding.operations()
     if as_json:
         listed = None if operations is None else [vars(own) for own in operations]
-        show.print_json(found.to_dict() | ({} if listed is None else {"model": model, "operations": listed}))
+        print_json(found.to_dict() | ({} if listed is None else {"model": model, "operations": listed}))
         return
     _print(found)
     if operations is not None:

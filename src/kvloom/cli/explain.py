@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvloom.cli.figure import refuse_unless_plottable
 from kvloom.cli.group import Command
-from kvloom.cli.params import load_model, model_name, model_options, option, plot_option, quiet_option
-from kvloom.cli.prompts import as_text
-from kvloom.cli.terminal import note
+from kvloom.cli.options.params import load_model, model_name, model_options, option, plot_option, quiet_option
+from kvloom.cli.options.prompts import as_text
+from kvloom.cli.output.figure import refuse_unless_plottable
+from kvloom.cli.output.terminal import note
 from kvloom.errors import InvalidRequest
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import Any
 import click
 from click.exceptions import Exit, NoArgsIsHelpError
 
-from kvloom.cli.terminal import complain, end_line, write_what_can_be_written
+from kvloom.cli.output.terminal import complain, end_line, write_what_can_be_written
 from kvloom.errors import KVLoomError
 
 WRONG_USE = 2

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvloom.cli import show
 from kvloom.cli.group import Command
-from kvloom.cli.params import json_option, load_model, model_name, model_options, option, quiet_option
-from kvloom.cli.prompts import as_text, read_ids, read_prompt
-from kvloom.cli.terminal import stderr_console, stdout_console, waiting
+from kvloom.cli.options.params import json_option, load_model, model_name, model_options, option, quiet_option
+from kvloom.cli.options.prompts import as_text, read_ids, read_prompt
+from kvloom.cli.output.as_json import print_json
+from kvloom.cli.output.terminal import stderr_console, stdout_console, waiting
 from kvloom.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def score(
         )
     ranking = sorted(range(len(scores)), key=lambda index: -scores[index].score)
     if as_json:
-        show.print_json(_to_dict(lm, scores, ranking, model=model, prompt=text, normalize=normalize))
+        print_json(_to_dict(lm, scores, ranking, model=model, prompt=text, normalize=normalize))
         return
     stdout_console().print(_table([scores[index] for index in ranking], as_ids=token_ids))
     if not quiet:

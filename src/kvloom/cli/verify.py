@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvloom.cli import show
 from kvloom.cli.group import Command
-from kvloom.cli.params import json_option, load_model, model_name, model_options, option, quiet_option
-from kvloom.cli.retention import read_retention, retention_options
-from kvloom.cli.shown import shown_blocks, with_text
-from kvloom.cli.terminal import counting_runs, stdout_console
+from kvloom.cli.options.params import json_option, load_model, model_name, model_options, option, quiet_option
+from kvloom.cli.options.pictures import shown_blocks, with_text
+from kvloom.cli.options.retention import read_retention, retention_options
+from kvloom.cli.output.as_json import print_json
+from kvloom.cli.output.terminal import counting_runs, stdout_console
 
 if TYPE_CHECKING:
     from kvloom.verify import Report
@@ -92,7 +92,7 @@ def verify(
         report = lm.verify(asked or None, max_new_tokens=max_new_tokens, seed=seed, on_progress=on_progress)
     model = model_name(settings["model"])
     if as_json:
-        show.print_json({"model": model, **report.to_dict()})
+        print_json({"model": model, **report.to_dict()})
     else:
         _print(report, model)
     if not report.ok:

@@ -29,8 +29,7 @@ from kvloom.decoding.base import (
 from kvloom.decoding.beam import BeamSearch
 from kvloom.decoding.beam_state import BeamRules
 from kvloom.decoding.logits import PresencePenalty, Processor, make_processors
-from kvloom.decoding.option_checks import CHECKS
-from kvloom.decoding.options import Lengths, Options, resolve
+from kvloom.decoding.options import CHECKS, Lengths, Options, resolve
 from kvloom.decoding.randomness import fresh_seed, sample_seed
 from kvloom.decoding.sampling import GreedyOrSampling
 from kvloom.decoding.shared import Shared

@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from kvloom.decoding import Options
-from kvloom.decoding.option_checks import CHECKS
-from kvloom.decoding.refusals import REFUSED
+from kvloom.decoding.options import CHECKS, REFUSED
 from kvloom.dropin.inputs import input_names, read_inputs, take_inputs
 from kvloom.dropin.inside import shown_by
 from kvloom.dropin.outputs import Output, output_of, sequences_of

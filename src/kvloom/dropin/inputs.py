@@ -13,7 +13,7 @@ from kvloom.dropin.padding import Batch, read_batch
 from kvloom.errors import InvalidRequest
 from kvloom.language_model.model import LanguageModel
 from kvloom.models import Binding
-from kvloom.models.vision import MEDIA_INPUTS, NOT_OF_MEDIA
+from kvloom.models.images.vision import MEDIA_INPUTS, NOT_OF_MEDIA
 
 
 def input_names(binding: Binding) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from kvloom.dropin.padding import Batch, read_ids, read_mask
 from kvloom.errors import InvalidRequest, UnsupportedOption
 from kvloom.language_model.model import LanguageModel
 from kvloom.models import HostedModel, Source
-from kvloom.models.source import SourceReader
+from kvloom.models.sources.source import SourceReader
 from kvloom.prompts import Prompt, Start, read_token_ids
 
 NAMES = ("attention_mask", "decoder_input_ids", "decoder_attention_mask")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from kvloom.cache import CachedSequence, KVCache
 from kvloom.cache.retention import Retention
 from kvloom.models.binding import Binding, Regime
-from kvloom.models.media import Media
-from kvloom.models.source import Source
+from kvloom.models.images.media import Media
+from kvloom.models.sources.source import Source
 
 
 @dataclass(eq=False)

@@ -15,8 +15,8 @@ from kvloom.decoding import Decoder
 from kvloom.engine.holding import Holding
 from kvloom.engine.looking import Look
 from kvloom.models.binding import Regime
-from kvloom.models.media import Media
-from kvloom.models.source import Source
+from kvloom.models.images.media import Media
+from kvloom.models.sources.source import Source
 
 
 @dataclass(eq=False)

@@ -12,7 +12,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from kvloom.errors import InvalidRequest, UnsupportedModel
 from kvloom.language_model.model import LanguageModel
 from kvloom.models import AttentionInterfaceBinding
-from kvloom.models.looking import Look
+from kvloom.models.hosted.looking import Look
 from kvloom.prompts import read_prompt
 from kvloom.text import INCOMPLETE
 

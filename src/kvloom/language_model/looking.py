@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvloom.attention import View, Wanted
-from kvloom.decoding.option_checks import CHECKS
+from kvloom.decoding.options import CHECKS
 from kvloom.language_model.context import Context
 from kvloom.language_model.results import Inside
 

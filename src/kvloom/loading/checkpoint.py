@@ -26,8 +26,8 @@ from transformers.utils import logging as transformers_logging
 
 from kvloom.errors import CorruptCheckpoint, InvalidRequest, ModelNotFound, TokenizerMismatch, UnsupportedModel
 from kvloom.loading.processor import read_processor
-from kvloom.models.vision import takes_images
-from kvloom.models.weightless import auto_class
+from kvloom.models.hosted.weightless import auto_class
+from kvloom.models.images.vision import takes_images
 from kvloom.notices import warn
 
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.tiktoken", "spiece.model", "sentencepiece*")

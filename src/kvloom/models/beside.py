@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kvloom.cache.snapshot import Beside
-from kvloom.models.media import Media, Medium
-from kvloom.models.source import Source
+from kvloom.models.images.media import Media, Medium
+from kvloom.models.sources.source import Source
 
 
 def beside_of(source: Source | None, media: Media | None) -> Beside:

@@ -12,12 +12,12 @@ from kvloom.attention import Plan, View, Wanted
 from kvloom.attention.turn import Turn
 from kvloom.cache import AnyStore, Codec, LayerShape
 from kvloom.errors import InvalidRequest
+from kvloom.models.hosted.positions import Counting
 from kvloom.models.identity import Identity
-from kvloom.models.media import Media
+from kvloom.models.images.media import Media
+from kvloom.models.images.vision import Vision
 from kvloom.models.operations import Operation
-from kvloom.models.positions import Counting
-from kvloom.models.source import Source, SourceReader
-from kvloom.models.vision import Vision
+from kvloom.models.sources.source import Source, SourceReader
 
 # What the rotary factors of a sequence depend on besides positions; rows of unlike regimes run apart.
 Regime = Hashable

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from kvloom.models.packed import PackedLinears
+from kvloom.models.packing.packed import PackedLinears
 
 
 @dataclass(frozen=True)

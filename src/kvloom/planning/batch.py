@@ -13,7 +13,7 @@ from kvloom.engine.admission import check_length
 from kvloom.engine.retaining import check_policy
 from kvloom.errors import InvalidRequest, UnknownOption
 from kvloom.models import Source
-from kvloom.models.source import SourceReader
+from kvloom.models.sources.source import SourceReader
 
 DEFAULT_PROMPT_TOKENS = 4_096
 DEFAULT_SOURCE_TOKENS = 512

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kvloom.models.packings import Packing
+from kvloom.models.packing.packings import Packing
 
 WARM_UP_TOKENS = 512
 WARM_UP_WIDTH = 1_024

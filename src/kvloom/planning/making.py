@@ -16,9 +16,9 @@ from kvloom.engine.scheduler import STEP_TOKENS
 from kvloom.errors import InvalidRequest, UnsupportedModel
 from kvloom.loading import load_config, read_dtype
 from kvloom.models import Binding, HostedModel, check_codec_of
-from kvloom.models.packings import choose_packing
-from kvloom.models.selfcheck import check_bytes
-from kvloom.models.weightless import Weightless, build_weightless
+from kvloom.models.hosted.weightless import Weightless, build_weightless
+from kvloom.models.packing.packings import choose_packing
+from kvloom.models.proofs.selfcheck import check_bytes
 from kvloom.planning.batch import Batch
 from kvloom.planning.counts import BatchBlocks
 from kvloom.planning.footprint import product_bytes, resident_bytes, warm_up

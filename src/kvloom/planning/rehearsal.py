@@ -22,7 +22,7 @@ from kvloom.cache import CachedSequence, CacheLayout, KVCache, place_source
 from kvloom.cache.retention import Retention
 from kvloom.engine.retaining import begin
 from kvloom.models import HostedModel, Source
-from kvloom.models.weightless import Weightless, following_shapes
+from kvloom.models.hosted.weightless import Weightless, following_shapes
 
 # A decision turns the rows' logits into float32 (4), their log-softmax and scores (4 + 4), and where tokens are drawn
 # into a float64 distribution and its sums (8 + 8).

@@ -8,8 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from kvloom.models import HostedModel
-from kvloom.models.packed import packable
-from kvloom.models.packings import choose_packing
+from kvloom.models.packing.packed import packable
+from kvloom.models.packing.packings import choose_packing
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kvloom.errors import EmptyPrompt, InvalidRequest, InvalidTokens
 from kvloom.models import Binding, Media, Source
-from kvloom.models.media import join
-from kvloom.models.vision import MEDIA_INPUTS, together
+from kvloom.models.images.media import join
+from kvloom.models.images.vision import MEDIA_INPUTS, together
 from kvloom.prompts.messages import Chat, is_conversation
 from kvloom.text import encode_continuation, encode_start
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvloom.errors import InvalidRequest
 from kvloom.models import Binding, Source
-from kvloom.models.source import SourceReader
+from kvloom.models.sources.source import SourceReader
 from kvloom.prompts.reading import Prompt, is_list_of_prompts, read_prompt, read_prompts
 
 

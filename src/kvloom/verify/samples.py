@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kvloom.models import Source
-from kvloom.models.source import SourceReader
+from kvloom.models.sources.source import SourceReader
 from kvloom.text import encode_start
 
 TEXTS = (

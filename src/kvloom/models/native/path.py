@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kvloom.attention import Plan
 from kvloom.cache import AnyStore, CacheLayout
+from kvloom.models.hosted.probe import AttentionCall
 from kvloom.models.native.decoder import LayerRunner, NativeModel, Turns, WeightOf
 from kvloom.models.native.proof import Recording, Runs, as_factors, is_near, prove_whole, record
 from kvloom.models.native.recognise import (
@@ -25,7 +26,6 @@ from kvloom.models.native.recognise import (
 )
 from kvloom.models.native.watch import Watch, hooks_registered, is_plain
 from kvloom.models.operations import Operation
-from kvloom.models.probe import AttentionCall
 from kvloom.native import Library
 
 AROUND = "embeddings, last norm and output layer"

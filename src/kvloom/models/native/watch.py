@@ -10,7 +10,7 @@ from torch.nn.modules import module as module_globals
 from torch.utils.hooks import RemovableHandle
 from transformers.utils import output_capturing
 
-from kvloom.models.packed import LookedUp, PackedLinear
+from kvloom.models.packing.packed import LookedUp, PackedLinear
 
 
 class Watch:

@@ -1,0 +1,1 @@
+"""`kvloom bench`: two measurements, speed and quality, as tables and as pictures."""

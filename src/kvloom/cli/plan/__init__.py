@@ -1,0 +1,1 @@
+"""`kvloom plan`: its options, its tables and its picture."""

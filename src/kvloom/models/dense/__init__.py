@@ -1,0 +1,1 @@
+"""Keys and values as dense tensors, for models that compute their attention themselves."""

@@ -1,0 +1,1 @@
+"""Models of transformers, which their owners lend us: attached by the attention interface, else the cache interface."""

@@ -1,0 +1,112 @@
+"""A model built from its config alone: shapes and dtypes of all weights, and no memory behind them.
+
+Its tensors are PyTorch's fake tensors, which know their shape, dtype and device. Indices stay real: token ids,
+positions and masks are made by operators that touch no weight. So whatever looks at masks and positions, such as
+the probe, works on this model as it does on the real one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+)
+
+from kvloom.errors import KVLoomError, UnsupportedModel
+from kvloom.models.hosted.base import HostedModel
+from kvloom.models.hosted.choosing import bind
+
+
+class Fakes(FakeTensorMode):
+    """Fake tensors that may meet real ones, which then count for their shape."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)  # type: ignore[no-untyped-call]
+
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The shape of what an operator returns."""
+        if func is torch.ops.aten._grouped_mm.default and args[0].dim() == 2:
+            # PyTorch's rule for mixtures of experts wants bfloat16; its CPU kernel takes other dtypes too.
+            return args[0].new_empty(args[0].shape[0], args[1].shape[-1])
+        return super().dispatch(func, types, args, kwargs)
+
+
+@dataclass(frozen=True)
+class Weightless:
+    """A binding whose model has no weights.
+
+    Attributes:
+        fakes: within `with fakes:`, new tensors have no memory either.
+    """
+
+    binding: HostedModel
+    fakes: Fakes
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that makes a language model of a config: with the encoder that it has, of whatever."""
+    if getattr(config, "is_encoder_decoder", False):
+        if config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+            return AutoModelForSeq2SeqLM
+        if config.model_type in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES:
+            return AutoModelForSpeechSeq2Seq
+    elif getattr(config, "vision_config", None) is not None and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def build_weightless(config: Any, dtype: torch.dtype) -> Weightless:
+    """The language model of a transformers config, as loading it in `dtype` would make it.
+
+    Raises:
+        UnsupportedModel: as attaching the real model would, as far as shapes and masks tell.
+    """
+    fakes = Fakes()
+    try:
+        with fakes, torch.no_grad():
+            model = auto_class(config).from_config(config, dtype=dtype).eval()
+            _keep_in_float32(model, dtype)
+    except (ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UnsupportedModel(f"the config describes no language model that can be built: {reason}") from error
+    with following_shapes(model):
+        return Weightless(bind(model, proving=False), fakes)
+
+
+@contextmanager
+def following_shapes(model: nn.Module) -> Iterator[None]:
+    """Within the block, a model whose course depends on numbers, which it does not have here, is refused as such."""
+    try:
+        yield
+    except KVLoomError:
+        raise
+    except Exception as error:
+        raise UnsupportedModel(
+            f"{type(model).__name__} cannot be followed without weights ({type(error).__name__}), so it cannot be "
+            "planned from its config. Attaching it may work all the same."
+        ) from error
+
+
+def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Widen the weights that loading keeps in float32 whatever dtype is asked for."""
+    wide = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
+    for name, parameter in model.named_parameters():
+        if any(re.search(pattern.replace("*", ".*"), name) for pattern in wide):
+            parameter.data = parameter.data.to(torch.float32)

@@ -1,0 +1,1 @@
+"""What sequences are decoded from, where there is an encoder."""
