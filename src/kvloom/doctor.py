@@ -17,6 +17,7 @@ from kvloom.models.packing.packings import OneDnnPacking
 from kvloom.native import Absent, Library, native
 from kvloom.native.build import BuildError, cache_folder, cpu_flags, cpu_name, find_compiler
 from kvloom.native.library import VARIABLE
+from kvloom.units import dtype_name
 
 # What kernels are compiled for, or might be, in Linux' words.
 TOLD_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
@@ -114,7 +115,7 @@ def _kernels(found: Library | Absent) -> Kernels:
         in_use=True,
         reason=None if found.target == "native" else f"${VARIABLE} is {found.target}",
         instructions=found.instructions,
-        dtypes=tuple(str(dtype).removeprefix("torch.") for dtype in found.dtypes),
+        dtypes=tuple(dtype_name(dtype) for dtype in found.dtypes),
         library=str(found.path),
         linear_layers="native",
     )

@@ -128,3 +128,11 @@ class AttachMismatch(UnsupportedModel):
 
 class NumericalError(ModelError):
     """The model returned logits that are not numbers."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in a line; with the next one if that is a heading. Its type if nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[1]}"
+    return lines[0] if lines else type(error).__name__

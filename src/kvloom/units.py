@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers, and what they are kept in, as people read them."""
 
 from __future__ import annotations
 
@@ -11,3 +11,13 @@ def readable_bytes(size: int) -> str:
             break
         amount /= 1024
     return f"{amount:,.0f} {unit}" if unit == "bytes" else f"{amount:,.1f} {unit}"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things: "1 block", "1,024 blocks"."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def dtype_name(dtype: object) -> str:
+    """A dtype of PyTorch without its package: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")

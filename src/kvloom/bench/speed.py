@@ -14,6 +14,7 @@ from kvloom.bench.bandwidth import read_bandwidth, weight_bytes_a_step
 from kvloom.bench.timing import Timing, median_prefill, median_step, time_run
 from kvloom.errors import InvalidRequest, PromptTooLong
 from kvloom.language_model.model import LanguageModel
+from kvloom.units import dtype_name
 
 SHORTEST = 32
 LONGEST = 1_024
@@ -134,7 +135,7 @@ def measure_speed(
             on_progress(name, done, len(parts))
         found.append(part())
     return SpeedReport(
-        dtype=str(lm.binding.dtype).removeprefix("torch."),
+        dtype=dtype_name(lm.binding.dtype),
         device=str(lm.binding.device),
         binding=lm.binding.name,
         threads=torch.get_num_threads(),

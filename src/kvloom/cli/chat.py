@@ -29,6 +29,7 @@ from kvloom.cli.options.prompts import as_text
 from kvloom.cli.options.retention import read_retention, retention_options
 from kvloom.cli.output.terminal import complain, end_line, is_terminal, note
 from kvloom.errors import InvalidRequest, KVLoomError
+from kvloom.units import counted
 
 if TYPE_CHECKING:
     from kvloom.conversation import Conversation
@@ -195,8 +196,7 @@ class _Chat:
         if not name:
             raise InvalidRequest("/image needs the name of a file: /image FILE.")
         self.show(name)
-        count = len(self._shown)
-        note(f"{count} image{'' if count == 1 else 's'} will be shown with what you say next.")
+        note(f"{counted(len(self._shown), 'image')} will be shown with what you say next.")
 
     def _undo(self, _: str) -> None:
         turn = self._now.undo()
@@ -237,8 +237,7 @@ class _Chat:
 
 
 def _turns(conversation: Conversation) -> str:
-    count = len(conversation.turns)
-    return f"{count} turn" + ("" if count == 1 else "s")
+    return counted(len(conversation.turns), "turn")
 
 
 def _file(name: str, command: str) -> Path:

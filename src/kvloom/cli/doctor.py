@@ -12,6 +12,7 @@ from kvloom.cli.group import Command
 from kvloom.cli.options.params import json_option, load_model, option, quiet_option, silence_libraries
 from kvloom.cli.output.as_json import print_json
 from kvloom.cli.output.terminal import stdout_console, waiting
+from kvloom.units import counted
 
 if TYPE_CHECKING:
     from kvloom.doctor import Examination
@@ -81,9 +82,12 @@ def _lines(found: Examination) -> list[tuple[str, str]]:
         ("linear layers", kernels.linear_layers),
         ("compiler", found.compiler or f"none: {found.compiler_problem}"),
         ("cache folder", found.cache_folder),
-        ("CPU", f"{found.cpu}, {_count(found.cpus, 'CPU')}: {', '.join(found.cpu_instructions) or 'no vectors known'}"),
+        (
+            "CPU",
+            f"{found.cpu}, {counted(found.cpus, 'CPU')}: {', '.join(found.cpu_instructions) or 'no vectors known'}",
+        ),
         ("threads", str(found.threads)),
-        ("memory", f"{found.bytes_per_second / 1e9:.1f} GB/s, read by {_count(found.threads, 'thread')}"),
+        ("memory", f"{found.bytes_per_second / 1e9:.1f} GB/s, read by {counted(found.threads, 'thread')}"),
         ("GPU", found.gpu or "none that PyTorch can use"),
         ("versions", ", ".join(f"{name} {version}" for name, version in found.versions.items())),
     ]
@@ -101,7 +105,3 @@ def _print_operations(model: str, operations: Sequence[Operation]) -> None:
     console.print(Text(f"{model}: {len(missing)} of {len(operations)} operations are not native", style="yellow"))
     for own in missing:
         console.print(Text(f"  {own.name}: {own.reason}"), soft_wrap=True)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")

@@ -15,6 +15,7 @@ from kvloom.cli.options.prompts import as_text, read_ids, read_prompt
 from kvloom.cli.output.as_json import print_json
 from kvloom.cli.output.terminal import stderr_console, stdout_console, waiting
 from kvloom.errors import InvalidRequest
+from kvloom.units import dtype_name
 
 if TYPE_CHECKING:
     from kvloom.language_model.model import LanguageModel
@@ -165,7 +166,7 @@ def _to_dict(
     return {
         "kvloom": __version__,
         "model": model,
-        "dtype": str(lm.binding.dtype).removeprefix("torch."),
+        "dtype": dtype_name(lm.binding.dtype),
         "device": str(lm.binding.device),
         "prompt": prompt,
         "normalize": normalize,

@@ -15,6 +15,7 @@ from kvloom.models import AttentionInterfaceBinding
 from kvloom.models.hosted.looking import Look
 from kvloom.prompts import read_prompt
 from kvloom.text import INCOMPLETE
+from kvloom.units import dtype_name
 
 FEWEST, MOST = 2, 40
 """Tokens that make a readable matrix."""
@@ -100,7 +101,7 @@ def observe(
     scale = float(seen.logits[-1].abs().max())
     return Observation(
         model=name,
-        dtype=str(binding.dtype).removeprefix("torch."),
+        dtype=dtype_name(binding.dtype),
         tokens=_readable(lm.tokenizer, token_ids),
         layer=layer,
         head=head,

@@ -24,7 +24,14 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from kvloom.errors import CorruptCheckpoint, InvalidRequest, ModelNotFound, TokenizerMismatch, UnsupportedModel
+from kvloom.errors import (
+    CorruptCheckpoint,
+    InvalidRequest,
+    ModelNotFound,
+    TokenizerMismatch,
+    UnsupportedModel,
+    first_line,
+)
 from kvloom.loading.processor import read_processor
 from kvloom.models.hosted.weightless import auto_class
 from kvloom.models.images.vision import takes_images
@@ -137,14 +144,14 @@ def _check_files(folder: Path) -> None:
             with safe_open(weights, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise CorruptCheckpoint(f"`{weights}` is damaged or incomplete: {_first_line(error)}") from error
+            raise CorruptCheckpoint(f"`{weights}` is damaged or incomplete: {first_line(error)}") from error
 
 
 def _check_json(file: Path) -> None:
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise CorruptCheckpoint(f"`{file}` cannot be read: {_first_line(error)}") from error
+        raise CorruptCheckpoint(f"`{file}` cannot be read: {first_line(error)}") from error
     if not isinstance(fields, dict):
         raise CorruptCheckpoint(f"`{file}` holds a JSON {type(fields).__name__}, not an object with fields.")
 
@@ -154,10 +161,10 @@ def _read_config(source: Path | str) -> Any:
         return AutoConfig.from_pretrained(source)
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise ModelNotFound(
-            f"`{source}` is neither a folder nor a model that can be fetched from the hub: {_first_line(error)}"
+            f"`{source}` is neither a folder nor a model that can be fetched from the hub: {first_line(error)}"
         ) from error
     except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise UnsupportedModel(f"the config of `{source}` cannot be used: {_first_line(error)}") from error
+        raise UnsupportedModel(f"the config of `{source}` cannot be used: {first_line(error)}") from error
 
 
 def _read_weights(source: Path | str, config: Any, dtype: torch.dtype | str) -> PreTrainedModel:
@@ -167,11 +174,11 @@ def _read_weights(source: Path | str, config: Any, dtype: torch.dtype | str) -> 
                 source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
             )
     except (SafetensorError, RuntimeError, EOFError) as error:
-        raise CorruptCheckpoint(f"the weights of `{source}` cannot be read: {_first_line(error)}") from error
+        raise CorruptCheckpoint(f"the weights of `{source}` cannot be read: {first_line(error)}") from error
     except OSError as error:
-        raise CorruptCheckpoint(f"`{source}` holds no complete set of weights: {_first_line(error)}") from error
+        raise CorruptCheckpoint(f"`{source}` holds no complete set of weights: {first_line(error)}") from error
     except (ValueError, KeyError) as error:
-        raise UnsupportedModel(f"`{source}` is no language model that can be decoded: {_first_line(error)}") from error
+        raise UnsupportedModel(f"`{source}` is no language model that can be decoded: {first_line(error)}") from error
     for name, found, expected in sorted(report["mismatched_keys"]):
         raise CorruptCheckpoint(
             f"`{name}` in the checkpoint `{source}` has the shape {list(found)}, but by its config {list(expected)}."
@@ -212,15 +219,8 @@ def _read_tokenizer(source: Path | str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source)
     except Exception as error:
-        raise CorruptCheckpoint(f"the tokenizer of `{source}` cannot be read: {_first_line(error)}") from error
+        raise CorruptCheckpoint(f"the tokenizer of `{source}` cannot be read: {first_line(error)}") from error
 
 
 def _embedding_rows(model: PreTrainedModel) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if len(lines) > 1 and lines[0].endswith(":"):
-        return f"{lines[0]} {lines[1]}"
-    return lines[0] if lines else type(error).__name__

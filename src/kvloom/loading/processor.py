@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PROCESSOR_MAPPING, AutoProcessor
 from transformers.utils import is_torchvision_available
 
-from kvloom.errors import CorruptCheckpoint
+from kvloom.errors import CorruptCheckpoint, first_line
 
 FILES = ("processor_config.json", "preprocessor_config.json")
 
@@ -27,8 +27,7 @@ def read_processor(source: Path | str, config: Any) -> Any:
     try:
         return loader.from_pretrained(source)
     except Exception as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CorruptCheckpoint(f"the processor of `{source}` cannot be read: {reason}") from error
+        raise CorruptCheckpoint(f"the processor of `{source}` cannot be read: {first_line(error)}") from error
 
 
 def without_videos(processor_class: Any) -> Any:

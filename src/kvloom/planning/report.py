@@ -13,6 +13,7 @@ from kvloom.cache.retention import Retention
 from kvloom.planning.batch import DEFAULT_PROMPT_TOKENS
 from kvloom.planning.counts import BatchBlocks
 from kvloom.planning.weights import Weights
+from kvloom.units import dtype_name
 
 CURVE_POINTS = 64
 
@@ -209,7 +210,7 @@ class MemoryPlan:
         """For JSON: sizes in bytes, lengths in tokens."""
         return {
             "model": self.model,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
             "codec": self.codec,
             **{name: getattr(self, name) for name in ASKED},
             "retention": None if self.retention is None else repr(self.retention),

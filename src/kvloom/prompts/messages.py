@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvloom.errors import InvalidRequest
+from kvloom.errors import InvalidRequest, first_line
 from kvloom.text import refuse_half_characters
 
 SOURCES = {"image": ("image", "url", "path", "base64"), "video": ("video", "url", "path")}
@@ -89,7 +89,7 @@ class Chat:
         try:
             return str(host.apply_chat_template(messages, tokenize=False, add_generation_prompt=cue))
         except Exception as error:  # a template says whatever it likes
-            raise InvalidRequest(f"the chat template refuses the messages: {_first_line(error)}") from error
+            raise InvalidRequest(f"the chat template refuses the messages: {first_line(error)}") from error
 
     def _continuation(self, messages: Messages, cue: bool) -> tuple[str, str]:
         """What a template writes behind an answer: its closing and the messages; and the closing alone."""
@@ -132,7 +132,7 @@ class Chat:
                 **special,
             )
         except Exception as error:  # processors raise errors of all kinds about what they are given
-            raise InvalidRequest(f"the processor refuses the messages: {_first_line(error)}") from error
+            raise InvalidRequest(f"the processor refuses the messages: {first_line(error)}") from error
         return {**inputs, "input_ids": inputs["input_ids"][0].tolist()}
 
     def check_takes(self, kind: str) -> None:
@@ -218,7 +218,7 @@ def load_image(source: Any, what: str) -> Any:
 def _why_unreadable(source: str, error: Exception) -> str:
     name = source if len(source) <= 80 else f"{source[:77]}..."
     if "://" in source:
-        return f"`{name}` gives no image ({_first_line(error)})."
+        return f"`{name}` gives no image ({first_line(error)})."
     if len(source) < MOST_PATH_CHARACTERS and os.path.exists(source):
         return f"`{name}` is no image, or a damaged one."
     return f"there is no file `{name}`."
@@ -226,7 +226,3 @@ def _why_unreadable(source: str, error: Exception) -> str:
 
 def _a(kind: str) -> str:
     return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -12,6 +12,7 @@ from kvloom.engine import Engine
 from kvloom.errors import InvalidRequest
 from kvloom.models import Binding
 from kvloom.prompts import Prompt, PromptReader, read_sources
+from kvloom.units import dtype_name
 from kvloom.verify.beams import compare_beams
 from kvloom.verify.compare import Comparison, Decoded, compare_sequences
 from kvloom.verify.differences import equal_prefix, worst
@@ -64,7 +65,7 @@ def verify(
         told = None if retention is None else compared.retained(retention)
     return Report(
         binding=binding.name,
-        dtype=str(binding.dtype).removeprefix("torch."),
+        dtype=dtype_name(binding.dtype),
         device=str(binding.device),
         codec="native" if engine.cache is None else engine.cache.layout.codec,
         prompt_tokens=tuple(len(own.token_ids) for own in read),

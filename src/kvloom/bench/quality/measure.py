@@ -19,6 +19,7 @@ from kvloom.cache.retention.base import check_count
 from kvloom.engine import Engine
 from kvloom.errors import InvalidRequest
 from kvloom.language_model.model import LanguageModel
+from kvloom.units import dtype_name
 
 KEEPS = (0.5, 0.25, 0.125)
 CONTEXT_TOKENS = 768
@@ -91,7 +92,7 @@ def measure_quality(
         outcomes.append(compare(setting, run, reference, probe.targets))
     assert reference is not None, "the first setting is the full cache"
     return QualityReport(
-        dtype=str(lm.binding.dtype).removeprefix("torch."),
+        dtype=dtype_name(lm.binding.dtype),
         device=str(lm.binding.device),
         threads=torch.get_num_threads(),
         context_tokens=context_tokens,

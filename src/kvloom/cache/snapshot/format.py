@@ -16,6 +16,7 @@ from kvloom.cache.cache import CachedSequence, KVCache
 from kvloom.cache.layout import CacheLayout
 from kvloom.cache.placement import Placement
 from kvloom.cache.store import Part
+from kvloom.units import dtype_name
 
 FORMAT = "kvloom-snapshot"
 VERSION = "2"
@@ -63,7 +64,7 @@ class Origin:
         return cls(
             model=model,
             fingerprint=fingerprint,
-            dtype=str(layout.dtype).removeprefix("torch."),
+            dtype=dtype_name(layout.dtype),
             codec=layout.codec,
             block_tokens=layout.block_tokens,
         )

@@ -12,6 +12,7 @@ from kvloom.cli.generate import show
 from kvloom.cli.generate.meter import Meter
 from kvloom.cli.output.terminal import is_file, is_terminal, note
 from kvloom.errors import InvalidRequest
+from kvloom.units import dtype_name
 
 if TYPE_CHECKING:
     from kvloom.decoding import Options
@@ -168,7 +169,7 @@ class Job:
         binding = self.lm.binding
         return {
             "model": self.model,
-            "dtype": str(binding.dtype).removeprefix("torch."),
+            "dtype": dtype_name(binding.dtype),
             "device": str(binding.device),
         }
 

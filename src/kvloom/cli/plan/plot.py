@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvloom.cli.output.figure import FAINT, OTHER, OURS, headline, label_lines, new_figure, save, style_axes
-from kvloom.units import readable_bytes
+from kvloom.units import dtype_name, readable_bytes
 
 if TYPE_CHECKING:
     from kvloom.planning import MemoryPlan
@@ -94,7 +94,7 @@ def _head(figure: Any, plan: MemoryPlan, *, near: bool) -> None:
     else:
         title = f"Cache of a prompt of {plan.prompt_tokens:,} tokens: {readable_bytes(plan.cache_bytes)}"
     prompts = "" if plan.batch == 1 else f"{plan.batch} prompts · "
-    facts = f"{plan.model} · {prompts}{plan.max_new_tokens:,} new tokens · {str(plan.dtype).removeprefix('torch.')}"
+    facts = f"{plan.model} · {prompts}{plan.max_new_tokens:,} new tokens · {dtype_name(plan.dtype)}"
     if plan.codec != "native":
         facts += f" · {plan.codec}"
     if not near:

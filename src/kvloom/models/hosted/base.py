@@ -28,6 +28,7 @@ from kvloom.models.identity import Identity, digest_of_writes, identify
 from kvloom.models.images.media import Media
 from kvloom.models.images.showing import Showing, fresh_rotary_deltas
 from kvloom.models.images.vision import Vision
+from kvloom.models.modules import device_of, is_adapter
 from kvloom.models.operations import Operation, linear_operations
 from kvloom.models.packing.packed import PackedLinears
 from kvloom.models.packing.packings import choose_packing
@@ -141,14 +142,9 @@ class HostedModel(ABC):
 
     def _adapters(self) -> str:
         """Which adapters are active, and how."""
-        # PEFT's layers; the method of the same name on a model needs PEFT to be installed.
         names = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
         return repr(
-            [
-                [getattr(module, name, None) for name in names]
-                for module in self.model.modules()
-                if isinstance(getattr(type(module), "active_adapters", None), property)
-            ]
+            [[getattr(module, name, None) for name in names] for module in self.model.modules() if is_adapter(module)]
         )
 
     def regime(self, tokens: int) -> Regime:
@@ -302,8 +298,8 @@ class HostedModel(ABC):
 
 
 def _lies_as(model: PreTrainedModel) -> tuple[torch.dtype, torch.device]:
-    """Dtype and device of the weights; those that were given up for packed copies are on no device."""
-    return model.dtype, next(torch.device(own.device) for own in model.parameters() if own.device.type != "meta")
+    """Dtype and device of the weights."""
+    return model.dtype, device_of(model)
 
 
 def row_scales(model: nn.Module) -> list[int]:

@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 )
 
-from kvloom.errors import KVLoomError, UnsupportedModel
+from kvloom.errors import KVLoomError, UnsupportedModel, first_line
 from kvloom.models.hosted.base import HostedModel
 from kvloom.models.hosted.choosing import bind
 
@@ -84,8 +84,9 @@ def build_weightless(config: Any, dtype: torch.dtype) -> Weightless:
             model = auto_class(config).from_config(config, dtype=dtype).eval()
             _keep_in_float32(model, dtype)
     except (ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UnsupportedModel(f"the config describes no language model that can be built: {reason}") from error
+        raise UnsupportedModel(
+            f"the config describes no language model that can be built: {first_line(error)}"
+        ) from error
     with following_shapes(model):
         return Weightless(bind(model, proving=False), fakes)
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from kvloom.errors import InvalidRequest, UnsupportedModel
 from kvloom.models.images.features import Features
 from kvloom.models.images.media import Kind, Media, Medium
+from kvloom.models.modules import device_of
 
 Inputs = Mapping[str, Any]
 """What a processor of transformers returns for one prompt: a tensor for each argument of the model's forward."""
@@ -254,8 +255,8 @@ class Vision:
 
     @property
     def device(self) -> torch.device:
-        """The device of the model's weights; those that were given up for packed copies are on none."""
-        return next(torch.device(own.device) for own in self._model.parameters() if own.device.type != "meta")
+        """Where the model's weights lie."""
+        return device_of(self._model)
 
 
 def _misfit(kind: Kind, places: int, items: int, features: int) -> InvalidRequest:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvloom.models.modules import is_adapter
 from kvloom.models.packing.mapped import Range, drop_pages, mapped_files
 from kvloom.models.packing.packings import Packing, is_right
 from kvloom.native.linear import PackedWeight
@@ -51,7 +52,7 @@ def packable(model: nn.Module, packing: Packing | None, *, exclusive: bool = Fal
     if packing is None:
         return []
     weights: dict[int, Weight] = {}
-    wrapped = {id(own) for outer in model.modules() if exclusive and _is_adapter(outer) for own in outer.modules()}
+    wrapped = {id(own) for outer in model.modules() if exclusive and is_adapter(outer) for own in outer.modules()}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             weight = weights.setdefault(id(parameter), Weight(parameter))
@@ -158,7 +159,7 @@ class PackedLinears:
         weights = packable(model, packing, exclusive=exclusive)
         packing.reserve(weight.parameter for weight in weights)
         files = mapped_files() if exclusive else []
-        self._adapters = {own: outer for outer in model.modules() if _is_adapter(outer) for own in outer.modules()}
+        self._adapters = {own: outer for outer in model.modules() if is_adapter(outer) for own in outer.modules()}
         # One by one, so that a whole second copy is never in memory.
         for weight in weights:
             packed = _pack(weight, packing, files if exclusive and weight.can_be_given_up(packing) else [])
@@ -250,8 +251,3 @@ def _pack(weight: Weight, packing: Packing, files: list[Range]) -> Any:
 def _is_plain(module: nn.Module) -> bool:
     """Whether nobody has replaced its forward."""
     return "forward" not in module.__dict__
-
-
-def _is_adapter(module: nn.Module) -> bool:
-    """PEFT's layers."""
-    return isinstance(getattr(type(module), "active_adapters", None), property)

@@ -27,7 +27,7 @@ from kvloom.models.binding import Binding, Regime
 from kvloom.models.hosted.base import MOST_ROWS, WINDOW_FIELDS, HostedModel
 from kvloom.models.hosted.probe import AttentionCall
 from kvloom.models.images.media import Media
-from kvloom.models.proofs.tolerance import TIES_QUANTILE, TOLERANCE
+from kvloom.models.proofs.tolerance import TIES_QUANTILE, relative_errors, tolerance_of
 from kvloom.models.sources.source import Source
 
 CHECK_TOKENS = 44
@@ -39,7 +39,6 @@ BLOCK_TOKENS = 4
 CHECKED_LOGITS = 4
 """Of so many last tokens of each chunk logits are compared: a row of them may be larger than all that its token brings
 into and out of all layers."""
-COMPARED_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -309,14 +308,14 @@ def _names_of(binding: Provable) -> dict[nn.Module, list[str]]:
 
 def _compare(binding: Provable, own: _Trace, cached: _Trace, checked: Sequence[int]) -> float:
     """The largest relative error; raises at the first layer beyond the tolerance."""
-    tolerance = TOLERANCE.get(binding.dtype, TOLERANCE[torch.bfloat16])
+    tolerance = tolerance_of(binding.dtype)
     attention = {name for names in _names_of(binding).values() for name in names}
     worst = 0.0
     compared = [(name, expected, cached.rows[name]) for name, expected in own.rows.items()]
     for name, expected, got in [*compared, ("the logits", own.logits, cached.logits)]:
         if got.shape != expected.shape:
             raise AttachMismatch(f"{name} is {tuple(got.shape)} on the cache and {tuple(expected.shape)} without it.")
-        errors = _relative_errors(got, expected)
+        errors = relative_errors(got, expected)
         strict = name in attention or binding.dtype in (torch.float32, torch.float64)
         error = float(errors.max() if strict else _error_but_for_ties(errors))
         if not error <= tolerance:
@@ -329,15 +328,6 @@ def _compare(binding: Provable, own: _Trace, cached: _Trace, checked: Sequence[i
             )
         worst = max(worst, error)
     return worst
-
-
-def _relative_errors(got: Tensor, expected: Tensor) -> Tensor:
-    """float32[rows]; of a few rows at a time, because one of logits may be large."""
-    errors = []
-    for mine, theirs in zip(torch.split(got, COMPARED_ROWS), torch.split(expected, COMPARED_ROWS), strict=True):
-        wide = theirs.float()
-        errors.append((mine.float() - wide).norm(dim=-1) / wide.norm(dim=-1).clamp_min(1e-12))
-    return torch.cat(errors)
 
 
 def _error_but_for_ties(errors: Tensor) -> Tensor:

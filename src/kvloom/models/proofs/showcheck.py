@@ -14,7 +14,7 @@ from kvloom.attention import View, Wanted, build_plan
 from kvloom.cache import CacheLayout, KVCache, place_source
 from kvloom.errors import UnsupportedOption
 from kvloom.models.binding import Binding
-from kvloom.models.proofs.tolerance import TIES_QUANTILE, TOLERANCE
+from kvloom.models.proofs.tolerance import TIES_QUANTILE, relative_errors, tolerance_of
 from kvloom.models.sources.source import Source
 
 TOKENS = 12
@@ -39,7 +39,7 @@ def prove_shows(binding: Binding, wanted: Wanted) -> None:
     source = None if binding.encoder is None else binding.encoder.trial_source()
     own = binding.views_of(torch.tensor([token_ids], device=binding.device), wanted, source=source)[0]
     cached = _cached_view(binding, token_ids, wanted, source)
-    tolerance = TOLERANCE.get(binding.dtype, TOLERANCE[torch.bfloat16])
+    tolerance = tolerance_of(binding.dtype)
     for name, option in FIELDS.items():
         error = _difference(getattr(own, name) or (), getattr(cached, name) or ())
         if not error <= tolerance:
@@ -80,8 +80,7 @@ def _difference(own: Sequence[Tensor], cached: Sequence[Tensor]) -> float:
         return float("inf")
     largest = 0.0
     for index, (expected, got) in enumerate(zip(own, cached, strict=True)):
-        norms = expected.float().norm(dim=-1).clamp_min(1e-12)
-        errors = ((got.float() - expected.float()).norm(dim=-1) / norms).flatten()
+        errors = relative_errors(got, expected)
         strict = index == 0 or expected.dtype in (torch.float32, torch.float64)
         largest = max(largest, float(errors.max() if strict else errors.quantile(TIES_QUANTILE)))
     return largest

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvloom.attention.turn import Turn
-from kvloom.errors import UnsupportedModel
+from kvloom.errors import UnsupportedModel, first_line
 
 TURNING = "kvloom_turning"
 
@@ -61,8 +61,7 @@ def prove_turns(
     try:
         logits = forward(positions, recorded)
     except (IndexError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnsupportedModel(f"it does not run at position {POSITIONS[-1]:,} ({reason})") from error
+        raise UnsupportedModel(f"it does not run at position {POSITIONS[-1]:,} ({first_line(error)})") from error
     tolerance = TOLERANCE[dtype] + TOLERANCE_A_TOKEN * positions.double()
     found = [_fitting(queries, keys, candidates, positions, tolerance) for queries, keys in recorded]
     if not bool((_distance(logits.float(), logits[:1].float()) <= tolerance).all()):

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from kvloom.errors import InvalidRequest, ModelError, PromptTooLong, UnsupportedModel
+from kvloom.models.modules import device_of
 from kvloom.models.sources.source import Source
 
 TRIAL_TOKENS = 5
@@ -77,8 +78,7 @@ class Encoder:
 
     @property
     def _device(self) -> torch.device:
-        # Weights that were given up for packed copies are on none.
-        return next(torch.device(own.device) for own in self._model.parameters() if own.device.type != "meta")
+        return device_of(self._model)
 
     @property
     def reads_features(self) -> bool:

@@ -17,7 +17,7 @@ from kvloom.errors import AttachMismatch, KVLoomError, UnsupportedModel
 from kvloom.models.autocast import refuse_autocast
 from kvloom.models.dense.batches import DenseBatch, dense_batches
 from kvloom.models.identity import digest_of_writes
-from kvloom.models.proofs.tolerance import TOLERANCE
+from kvloom.models.proofs.tolerance import relative_errors, tolerance_of
 from kvloom.models.x_transformers.shared import (
     attention_layers,
     gathered,
@@ -164,8 +164,7 @@ class DecoderBinding:
             parts = torch.split(inputs, list(CHECK_CHUNKS), dim=1)[1:]
             got = torch.cat([begun, *(self.extend(cache, held, part, None) for part in parts)], dim=1).float()
             expected = self.forward_own(inputs, source).float()
-            error = float(((got - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-12)).max())
-            tolerance = TOLERANCE.get(self.dtype, TOLERANCE[torch.bfloat16])
+            error, tolerance = float(relative_errors(got, expected).max()), tolerance_of(self.dtype)
             if not error <= tolerance:
                 raise AttachMismatch(
                     f"the decoder's cached output differs from its own: relative error {error:.2g}, tolerance "
