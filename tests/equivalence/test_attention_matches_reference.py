@@ -21,7 +21,7 @@ from torch import Tensor
 from attention_bench import HEADS, REACHES, TOLERANCE, Bench, Heads, Step, draw_step
 from kvloom.attention import GroupPlan, Span, build_plan, reference, spans, torch_ops
 from kvloom.attention.observation import Observation
-from kvloom.blocks.table import expand_runs
+from kvloom.blocks.runs import expand_runs
 from kvloom.cache import Reach
 
 

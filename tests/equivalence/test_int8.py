@@ -21,7 +21,7 @@ import tiny
 from kvloom import CacheFull, LanguageModel
 from kvloom.attention import Span
 from kvloom.attention.sealed_spans import SealedSpans
-from kvloom.blocks.table import FIRST
+from kvloom.blocks.runs import FIRST
 from kvloom.cache import store
 from kvloom.cache.landing import native_order
 from kvloom.engine import Engine

@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 )
 
 from kvloom.blocks import BlockPool, PoolExhausted, PrefixIndex, Table, chain_digests
-from kvloom.blocks.table import BLOCK, COUNT, FIRST, OFFSET
+from kvloom.blocks.runs import BLOCK, COUNT, FIRST, OFFSET
 
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=11)  # few ids, so that prefixes coincide
 EXTRA_KEYS = st.sampled_from([b"", b"other weights"])

@@ -22,7 +22,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from counting import available_blocks
 from kvloom.blocks import PoolExhausted
-from kvloom.blocks.table import COUNT, FIRST, Table
+from kvloom.blocks.runs import COUNT, FIRST
+from kvloom.blocks.table import Table
 from kvloom.cache import CachedSequence, CacheLayout, Extension, KVCache, LayerShape, Reach
 from kvloom.cache.placement import Placement
 from kvloom.cache.snapshot import Beside, Origin, open_snapshot, write_snapshot

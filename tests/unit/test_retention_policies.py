@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 
 import kvloom
-from kvloom.blocks.table import COUNT, FIRST
+from kvloom.blocks.runs import COUNT, FIRST
 from kvloom.cache.retention import CompressedPrompt, HeavyHitters, Held, LastQuery, Sight, SinkWindow, TopBlocks
 from kvloom.cache.retention.compressed_prompt import pooled
 from kvloom.cache.retention.sight import positions_of

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvloom.attention.plan import GroupPlan
 from kvloom.attention.source import Source, native_orders
 from kvloom.attention.turn import Turn
-from kvloom.blocks.table import BLOCK, COUNT, FIRST, expand_runs
+from kvloom.blocks.runs import BLOCK, COUNT, FIRST, expand_runs
 from kvloom.cache import MixedKept
 
 

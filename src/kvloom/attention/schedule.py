@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvloom.attention.source import Source
 from kvloom.attention.turn import Turn
-from kvloom.blocks.table import COUNT, FIRST
+from kvloom.blocks.runs import COUNT, FIRST
 from kvloom.cache import Reach
 from kvloom.cache.retention.sight import Stretch
 from kvloom.native import Library

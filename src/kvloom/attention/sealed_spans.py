@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from kvloom.attention.source import Rows, Runs, Source, before_position, from_position, native_orders, written_of
 from kvloom.attention.spans import Choice, Reader, Span, SpanBuilder, additive, as_tensor, positions_of
-from kvloom.blocks.table import BLOCK, COUNT, FIRST, expand_runs
+from kvloom.blocks.runs import BLOCK, COUNT, FIRST, expand_runs
 from kvloom.cache.retention import Part
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvloom.blocks.table import COUNT, FIRST, OFFSET
+from kvloom.blocks.runs import COUNT, FIRST, OFFSET
 from kvloom.cache import Written
 from kvloom.cache.landing import native_order
 from kvloom.cache.retention import Sight

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kvloom.attention.source import Rows, Runs, Source, before_position, from_position
-from kvloom.blocks.table import BLOCK, COUNT, FIRST, OFFSET, expand_runs
+from kvloom.blocks.runs import BLOCK, COUNT, FIRST, OFFSET, expand_runs
 from kvloom.cache import Reach
 from kvloom.cache.retention import Part
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvloom.attention.source import native_orders, written_of
-from kvloom.blocks.table import expand_runs
+from kvloom.blocks.runs import expand_runs
 from kvloom.cache import MixedKept
 from kvloom.cache.retention.sight import positions_of
 

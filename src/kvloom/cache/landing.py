@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvloom.blocks import BlockPool
-from kvloom.blocks.table import BLOCK, COUNT, FIRST, OFFSET, Slots, expand_runs
+from kvloom.blocks.runs import BLOCK, COUNT, FIRST, OFFSET, Slots, expand_runs
 
 Runs = npt.NDArray[np.int32]
 

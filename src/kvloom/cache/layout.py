@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvloom.blocks.table import blocks_of
+from kvloom.blocks.runs import blocks_of
 from kvloom.cache.codec import Codec, sealed_bytes
 from kvloom.errors import CacheFull
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvloom.blocks import BlockPool
-from kvloom.blocks.table import BLOCK, OFFSET, Slots, Table, expand_runs, runs_of
+from kvloom.blocks.runs import BLOCK, OFFSET, Slots, expand_runs, runs_of
+from kvloom.blocks.table import Table
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 
 from kvloom.blocks import Table
-from kvloom.blocks.table import Slots, blocks_of
-from kvloom.cache.cache import CachedSequence, GroupCache, KVCache
+from kvloom.blocks.runs import Slots, blocks_of
+from kvloom.cache.cache import KVCache
+from kvloom.cache.sequence import CachedSequence, GroupCache
 
 
 def adopt_source(cache: KVCache, sequence: CachedSequence, key: bytes, tokens: int) -> bool:

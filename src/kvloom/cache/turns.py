@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from kvloom.cache.cache import CachedSequence, KVCache
+from kvloom.cache.cache import KVCache
+from kvloom.cache.sequence import CachedSequence
 
 
 class Turns:

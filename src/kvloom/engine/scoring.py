@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvloom.blocks.table import blocks_of
+from kvloom.blocks.runs import blocks_of
 from kvloom.cache import KVCache
 from kvloom.cache.retention import Retention
 from kvloom.engine.admission import Admission, Blocks

@@ -15,7 +15,8 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from kvloom.blocks.table import COUNT, FIRST, Table, blocks_of
+from kvloom.blocks.runs import COUNT, FIRST, blocks_of
+from kvloom.blocks.table import Table
 from kvloom.cache.retention.sight import Sight
 from kvloom.errors import InvalidRequest
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvloom.blocks.table import blocks_of
+from kvloom.blocks.runs import blocks_of
 from kvloom.cache.retention.base import (
     Held,
     Keep,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvloom.blocks.table import COUNT, FIRST, OFFSET
+from kvloom.blocks.runs import COUNT, FIRST, OFFSET
 
 Runs = npt.NDArray[np.int32]
 Positions = npt.NDArray[np.int64]

@@ -7,7 +7,8 @@ from functools import cached_property
 
 import numpy as np
 
-from kvloom.blocks.table import Table, blocks_of
+from kvloom.blocks.runs import blocks_of
+from kvloom.blocks.table import Table
 from kvloom.cache.retention.base import Held, Keep, Retention, check_count
 from kvloom.cache.retention.sight import Sight, Stretch
 from kvloom.errors import InvalidRequest

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvloom.blocks.table import Table, blocks_of
+from kvloom.blocks.runs import blocks_of
+from kvloom.blocks.table import Table
 from kvloom.cache.retention.base import Held, Keep, Retention, check_budget, check_count
 
 

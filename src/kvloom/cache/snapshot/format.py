@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvloom.cache.cache import CachedSequence, KVCache
+from kvloom.cache.cache import KVCache
 from kvloom.cache.layout import CacheLayout
 from kvloom.cache.placement import Placement
+from kvloom.cache.sequence import CachedSequence
 from kvloom.cache.store import Part
 from kvloom.units import dtype_name
 

@@ -14,11 +14,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kvloom.blocks.table import Slots
-from kvloom.cache.cache import CachedSequence, KVCache
+from kvloom.blocks.runs import Slots
+from kvloom.cache.cache import KVCache
 from kvloom.cache.layout import CacheLayout
 from kvloom.cache.placement import Placement
 from kvloom.cache.retention import Retained, policy_of
+from kvloom.cache.sequence import CachedSequence
 from kvloom.cache.snapshot.format import (
     BESIDE,
     FORMAT,

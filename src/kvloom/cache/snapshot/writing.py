@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from kvloom.cache.aside import target_of, written_aside
-from kvloom.cache.cache import CachedSequence, KVCache
+from kvloom.cache.cache import KVCache
 from kvloom.cache.retention import Retention, described
+from kvloom.cache.sequence import CachedSequence
 from kvloom.cache.snapshot.format import (
     DIGEST_BYTES,
     FORMAT,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvloom.attention import Plan
 from kvloom.attention.source import Source as Reads
-from kvloom.blocks.table import expand_runs
+from kvloom.blocks.runs import expand_runs
 from kvloom.errors import ModelError
 
 Ints = npt.NDArray[np.int64]
