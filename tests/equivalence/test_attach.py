@@ -18,7 +18,7 @@ from kvloom.cache import Reach, Store
 from kvloom.errors import AttachMismatch, CacheMismatch, UnsupportedModel
 from kvloom.models import AttentionInterfaceBinding
 from kvloom.models.hosted import probe
-from kvloom.models.proofs import selfcheck
+from kvloom.models.proofs import running, selfcheck, small_windows
 from tiny import (
     LENGTH_DEPENDENT_ROPE_FAMILIES,
     SUPPORTED_FAMILIES,
@@ -184,7 +184,7 @@ def without_windows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def blind(*arguments: Any) -> Reach:
         reach = found(*arguments)
-        return Reach() if reach.window_tokens == selfcheck.SMALL_WINDOW else reach
+        return Reach() if reach.window_tokens == small_windows.SMALL_WINDOW else reach
 
     monkeypatch.setattr(probe, "_reach", blind)
     yield
@@ -219,7 +219,7 @@ def test_a_fork_whose_partial_block_is_not_copied_is_refused(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_decode_steps_that_see_the_wrong_past_are_refused(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """Only the rows that are decoded are wrong: they take another's position for their own."""
-    build = selfcheck.build_plan
+    build = running.build_plan
 
     def crossed(*arguments: Any, **named: Any) -> Any:
         plan = build(*arguments, **named)
@@ -227,7 +227,7 @@ def test_decode_steps_that_see_the_wrong_past_are_refused(monkeypatch: pytest.Mo
             plan.positions.copy_(plan.positions.roll(1))
         return plan
 
-    monkeypatch.setattr(selfcheck, "build_plan", crossed)
+    monkeypatch.setattr(running, "build_plan", crossed)
     with pytest.raises(AttachMismatch, match="first in"):
         attach(tiny_model("llama", dtype=dtype))
 
@@ -288,8 +288,8 @@ def long_window(request: pytest.FixtureRequest) -> PreTrainedModel:
 def test_a_long_window_is_proven_on_a_twin_with_a_small_one(long_window: PreTrainedModel) -> None:
     binding = AttentionInterfaceBinding(long_window)
     assert {layer.reach.window_tokens for layer in binding.layers} - {None} == {100}
-    twin = selfcheck._with_small_windows(binding)
-    assert {layer.reach.window_tokens for layer in twin.layers} - {None} == {selfcheck.SMALL_WINDOW}
+    twin = small_windows.with_small_windows(binding)
+    assert {layer.reach.window_tokens for layer in twin.layers} - {None} == {small_windows.SMALL_WINDOW}
     own, shared = (
         {name: tensor.data_ptr() for name, tensor in (*m.named_parameters(), *m.named_buffers())}
         for m in (long_window, twin.model)

@@ -16,7 +16,7 @@ import tiny
 from kvloom import AttachMismatch, InvalidRequest, UnsupportedModel
 from kvloom.models import AttentionInterfaceBinding, CacheInterfaceBinding
 from kvloom.models.dense import step_cache
-from kvloom.models.proofs import selfcheck
+from kvloom.models.proofs import selfcheck, small_windows
 
 FAMILIES = [(family, {}) for family in tiny.OWN_ATTENTION_FAMILIES] + [
     ("falcon", {"alibi": True}),
@@ -108,8 +108,8 @@ def test_what_the_attention_interface_serves_the_cache_interface_would_serve_too
 def test_a_long_window_is_proven_on_a_twin_with_a_small_one() -> None:
     binding = CacheInterfaceBinding(tiny.tiny_model("mistral", sliding_window=100))
     assert binding.windows() == {100}
-    twin = selfcheck._with_small_windows(binding)
-    assert isinstance(twin, CacheInterfaceBinding) and twin.windows() == {selfcheck.SMALL_WINDOW}
+    twin = small_windows.with_small_windows(binding)
+    assert isinstance(twin, CacheInterfaceBinding) and twin.windows() == {small_windows.SMALL_WINDOW}
     assert selfcheck.prove(binding) < 1e-4
 
 

@@ -16,7 +16,9 @@ from kvloom.errors import AttachMismatch
 from kvloom.models.hosted.base import HostedModel
 from kvloom.models.images.media import Kind, Media
 from kvloom.models.images.vision import Vision
-from kvloom.models.proofs.selfcheck import DECODED_TOKENS, CheckedSequence, compare_runs
+from kvloom.models.proofs.provable import CheckedSequence
+from kvloom.models.proofs.running import DECODED_TOKENS
+from kvloom.models.proofs.selfcheck import compare_runs
 
 TEXT_TOKENS = 5
 
