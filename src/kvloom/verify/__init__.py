@@ -7,7 +7,7 @@ the cache is lossy, a recomputation on the same kind of cache is the reference, 
 reported.
 """
 
-from kvloom.verify.checks import verify
 from kvloom.verify.report import Check, Cost, Divergence, Report, Verdict
+from kvloom.verify.verifying import verify
 
 __all__ = ["Check", "Cost", "Divergence", "Report", "Verdict", "verify"]

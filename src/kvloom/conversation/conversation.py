@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvloom.conversation import saved
+from kvloom.conversation.turn import Turn
 from kvloom.errors import InvalidRequest, PromptTooLong, SnapshotError
 from kvloom.language_model.context import Context
 from kvloom.language_model.model import LanguageModel
@@ -20,30 +22,7 @@ from kvloom.prompts import Prompt
 from kvloom.prompts.messages import load_image
 from kvloom.text import encode_continuation, encode_start
 
-FORMAT = "kvloom conversation 1"
 NO_TEMPLATE = "this model has no chat template, so there is no place for an image. Leave it out."
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What was said, and what answered.
-
-    Attributes:
-        tokens_before: length of the context when the turn began.
-        images: shown before what was said: paths, or images of PIL.
-    """
-
-    said: str
-    answer: str
-    tokens_before: int
-    images: tuple[Any, ...] = ()
-
-    @property
-    def content(self) -> Any:
-        """What was said, in the format of messages."""
-        if not self.images:
-            return self.said
-        return [*({"type": "image", "image": own} for own in self.images), {"type": "text", "text": self.said}]
 
 
 def _stop_when(asked: Callable[[], bool]) -> Callable[..., Tensor]:
@@ -151,15 +130,15 @@ class Conversation:
     def save(self, file: Path) -> None:
         """Write the turns into `file`, JSON, and keys and values into `file`.kv beside it."""
         told = {
-            "format": FORMAT,
+            "format": saved.FORMAT,
             "system": self.system,
-            "turns": [_told(turn) for turn in self.turns],
+            "turns": [saved.told(turn) for turn in self.turns],
             "token_ids": [] if self.context is None else list(self.context.token_ids),
         }
         if file.exists() and not file.is_file():
             raise InvalidRequest(f"`{file}` is no regular file, so a conversation cannot take its place. Name another.")
         if self.context is not None and self.lm.engine.cache is not None:
-            self.context.save(_beside(file))
+            self.context.save(saved.beside(file))
         aside = file.with_name(f".{file.name}.{os.getpid()}")
         try:
             aside.write_text(json.dumps(told, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
@@ -173,7 +152,7 @@ class Conversation:
         Returns:
             None if keys and values came from the file, else why they are computed anew with the next turn.
         """
-        told = _read(file)
+        told = saved.read(file)
         turns = [Turn(**{**turn, "images": tuple(turn.get("images", ()))}) for turn in told["turns"]]
         if told["system"] is not None and not self.has_template:
             raise InvalidRequest(
@@ -183,11 +162,11 @@ class Conversation:
         reason, context = None, None
         if turns:
             try:
-                context = self.lm.restore(_beside(file))
+                context = self.lm.restore(saved.beside(file))
             except (SnapshotError, InvalidRequest) as error:
                 reason = str(error)
             if context is not None and list(context.token_ids) != told["token_ids"]:
-                reason, context = f"`{_beside(file)}` belongs to another conversation.", None
+                reason, context = f"`{saved.beside(file)}` belongs to another conversation.", None
         self.system, self.turns, self.context, self.last = told["system"], turns, context, None
         return reason
 
@@ -247,39 +226,3 @@ class Conversation:
                 "answer. Take turns back, or begin anew."
             )
         return min(wanted or limit, limit - tokens)
-
-
-def _told(turn: Turn) -> dict[str, Any]:
-    """A turn as JSON holds it."""
-    if not all(isinstance(own, (str, os.PathLike)) for own in turn.images):
-        raise InvalidRequest("an image that lies in no file cannot be saved. Show images by their paths.")
-    images = [os.fspath(own) for own in turn.images]
-    told = {"said": turn.said, "answer": turn.answer, "tokens_before": turn.tokens_before}
-    return {**told, "images": images} if images else told
-
-
-def _beside(file: Path) -> Path:
-    return file.with_name(file.name + ".kv")
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """What `save` wrote."""
-    try:
-        told = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InvalidRequest(f"`{file}` cannot be read: {error.strerror}. Name another file.") from error
-    except ValueError as error:
-        raise InvalidRequest(f"`{file}` is no saved conversation.") from error
-    if not isinstance(told, dict) or told.get("format") != FORMAT:
-        raise InvalidRequest(f"`{file}` is no saved conversation.")
-    try:
-        turns = [Turn(**turn) for turn in told["turns"]]
-        whole = all(isinstance(turn.said + turn.answer, str) and turn.tokens_before >= 0 for turn in turns)
-        whole = whole and isinstance(told["token_ids"], list) and isinstance(told["system"], str | None)
-    except (KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise InvalidRequest(
-            f"`{file}` is a damaged conversation: it lacks something, or holds it in another form. Save it anew."
-        )
-    return told
