@@ -47,8 +47,8 @@ def refuse_half_characters(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise InvalidRequest(
-            f"the text holds {text[error.start]!a}, half of a surrogate pair and no character by itself; most likely "
-            "it was read from bytes that are not UTF-8. Decode these as what they are."
+            f"the text holds {text[error.start]!a}, half of a surrogate pair and not a character by itself; most "
+            "likely it was read from bytes that are not UTF-8. Decode them by their own encoding."
         ) from error
 
 

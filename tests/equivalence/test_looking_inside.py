@@ -245,7 +245,7 @@ def test_what_does_not_show_itself_is_refused_by_name() -> None:
     wrapper = TransformerWrapper(num_tokens=11, max_seq_len=32, attn_layers=Decoder(dim=16, depth=1, heads=2)).eval()
     for lm in (function, kvloom.attach(wrapper)):
         for name in LOOK:
-            with pytest.raises(UnsupportedOption, match=f"`{name}` is not supported: of a callable"):
+            with pytest.raises(UnsupportedOption, match=f"`{name}` is not supported: only the logits of a callable"):
                 lm.generate([1, 2], **{name: True})
             with pytest.raises(UnsupportedOption, match=f"`{name}` is not supported"):
                 lm.extend(None, [1, 2], **{name: True})
@@ -261,7 +261,7 @@ def test_what_does_not_show_itself_is_refused_by_name() -> None:
     ("family", "option", "reason"),
     [
         ("granite_swa", "output_attentions", "are not those that it calculates with"),  # they leave out the sinks
-        ("gemma3n_text", "output_hidden_states", "are no rows of tokens"),  # it has several streams of them
+        ("gemma3n_text", "output_hidden_states", "are not rows of tokens"),  # it has several streams of them
     ],
 )
 def test_what_a_model_shows_otherwise_is_refused_by_name(family: str, option: str, reason: str) -> None:

@@ -176,7 +176,7 @@ def test_a_damaged_conversation_is_refused_and_the_present_one_stays(
 def test_a_device_is_not_replaced_by_a_conversation(lm: kvloom.LanguageModel, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     talking = talk(lm)
-    with pytest.raises(InvalidRequest, match="no regular file"):
+    with pytest.raises(InvalidRequest, match="not a regular file"):
         talking.save(tmp_path / "pipe")
     assert (tmp_path / "pipe").is_fifo()
 

@@ -167,7 +167,7 @@ def test_messages_of_a_wrong_form_are_refused_in_one_sentence(lm: LanguageModel,
         ([{"type": "audio", "audio": "a.wav"}], "type 'audio'. Pass text, image or video"),
         (3, "neither text nor a list of blocks"),
         ([{"type": "image", "path": "nowhere.png"}], "image 1 cannot be read: there is no file `nowhere.png`"),
-        ([{"type": "image", "path": broken}], "is no image, or a damaged one"),
+        ([{"type": "image", "path": broken}], "is not an image, or is damaged"),
         (
             [{"type": "text", "text": "<|image_pad|>"}, {"type": "image", "image": Image.new("RGB", (40, 40))}],
             "processor",

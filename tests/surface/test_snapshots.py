@@ -257,7 +257,7 @@ def test_a_file_that_is_missing_or_is_no_snapshot_is_named(lm: LanguageModel, pa
     with pytest.raises(SnapshotNotFound, match="is a folder"):
         lm.restore(tmp_path)
     save_file({"keys.0": torch.zeros(3)}, path)
-    with pytest.raises(CorruptSnapshot, match="no snapshot of KVLoom"):
+    with pytest.raises(CorruptSnapshot, match="not a snapshot of KVLoom"):
         lm.restore(path)
     path.write_text("once upon a time")
     with pytest.raises(CorruptSnapshot, match="damaged or incomplete"):
@@ -438,7 +438,7 @@ def test_a_place_where_no_file_can_be_is_refused(lm: LanguageModel, tmp_path: Pa
 
 def test_a_device_is_not_replaced_by_a_snapshot(lm: LanguageModel, path: Path) -> None:
     os.mkfifo(path)
-    with pytest.raises(InvalidRequest, match="no regular file"):
+    with pytest.raises(InvalidRequest, match="not a regular file"):
         lm.prefill(ids(20)).save(path)
     assert path.is_fifo()
 

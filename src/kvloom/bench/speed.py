@@ -215,7 +215,7 @@ def _lengths(longest: int) -> list[int]:
 def _check(lm: LanguageModel, **counts: int) -> None:
     if lm.binding.encoder is not None:
         raise InvalidRequest(
-            "what is measured is prompts of causal models; this one decodes from a source. Measure a causal one."
+            "only causal models are measured, and this one decodes from a source. Pass a causal model."
         )
     least = {"prompt_tokens": 1, "new_tokens": 2, "num_beams": 2, "batch": 2, "longest": SHORTEST}
     for name, minimum in least.items():

@@ -20,7 +20,7 @@ def target_of(path: str | os.PathLike[str]) -> Path:
     if target.is_dir():
         raise InvalidRequest(f"`{target}` is a folder, and a snapshot is a file. Name a file in it.")
     if target.exists() and not target.is_file():
-        raise InvalidRequest(f"`{target}` is no regular file, so a snapshot cannot take its place. Name another.")
+        raise InvalidRequest(f"`{target}` is not a regular file, so a snapshot cannot take its place. Name another.")
     return target
 
 

@@ -41,7 +41,7 @@ def doctor(*, as_json: bool, quiet: bool, model: str | None, dtype: str | None, 
     kvloom doctor --model Qwen/Qwen2.5-0.5B-Instruct
     """
     if dtype is not None and model is None:
-        raise click.UsageError("`--dtype` is of a model: name it with `--model`.")
+        raise click.UsageError("`--dtype` is the dtype of a model: name the model with `--model`.")
     with waiting("[dim]looking ...", quiet=quiet):
         silence_libraries(quiet)
         from kvloom.doctor import examine

@@ -136,7 +136,9 @@ class Conversation:
             "token_ids": [] if self.context is None else list(self.context.token_ids),
         }
         if file.exists() and not file.is_file():
-            raise InvalidRequest(f"`{file}` is no regular file, so a conversation cannot take its place. Name another.")
+            raise InvalidRequest(
+                f"`{file}` is not a regular file, so a conversation cannot take its place. Name another."
+            )
         if self.context is not None and self.lm.engine.cache is not None:
             self.context.save(saved.beside(file))
         aside = file.with_name(f".{file.name}.{os.getpid()}")
@@ -223,6 +225,6 @@ class Conversation:
         if tokens >= limit:
             raise PromptTooLong(
                 f"the conversation has {tokens:,} tokens, and the model's context of {limit:,} leaves no room for an "
-                "answer. Take turns back, or begin anew."
+                "answer. Take turns back, or start again."
             )
         return min(wanted or limit, limit - tokens)

@@ -16,7 +16,7 @@ FORMAT = "kvloom conversation 1"
 def told(turn: Turn) -> dict[str, Any]:
     """A turn as JSON holds it."""
     if not all(isinstance(own, (str, os.PathLike)) for own in turn.images):
-        raise InvalidRequest("an image that lies in no file cannot be saved. Show images by their paths.")
+        raise InvalidRequest("an image that is not in a file cannot be saved. Show images by their paths.")
     images = [os.fspath(own) for own in turn.images]
     fields = {"said": turn.said, "answer": turn.answer, "tokens_before": turn.tokens_before}
     return {**fields, "images": images} if images else fields
@@ -34,9 +34,9 @@ def read(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise InvalidRequest(f"`{file}` cannot be read: {error.strerror}. Name another file.") from error
     except ValueError as error:
-        raise InvalidRequest(f"`{file}` is no saved conversation.") from error
+        raise InvalidRequest(f"`{file}` is not a saved conversation.") from error
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-        raise InvalidRequest(f"`{file}` is no saved conversation.")
+        raise InvalidRequest(f"`{file}` is not a saved conversation.")
     try:
         turns = [Turn(**turn) for turn in fields["turns"]]
         whole = all(isinstance(turn.said + turn.answer, str) and turn.tokens_before >= 0 for turn in turns)
@@ -45,6 +45,6 @@ def read(file: Path) -> dict[str, Any]:
         whole = False
     if not whole:
         raise InvalidRequest(
-            f"`{file}` is a damaged conversation: it lacks something, or holds it in another form. Save it anew."
+            f"`{file}` is a damaged conversation: it lacks something, or holds it in another form. Save it again."
         )
     return fields

@@ -76,7 +76,7 @@ class EmbeddingModel:
             past = None if context is None else check_context(context).past_for(self)
             if past is not None and past.weights != self.binding.fingerprint():
                 raise CacheMismatch(
-                    "the weights were changed after the context was computed. Begin anew with context=None and the "
+                    "the weights were changed after the context was computed. Start again with context=None and the "
                     "whole input."
                 )
             new = read(self.binding, embeddings, "embeddings", self.binding.dim)

@@ -63,7 +63,7 @@ def read_source(binding: DecoderBinding, given: Tensor | None, past: Past | None
     if past is not None and past.source is not None and source.key != past.source.key:
         raise CacheMismatch(
             "these `encoder_outputs` are not those that the context was begun with, whose keys and values it "
-            "holds. Leave them out, or begin anew with context=None."
+            "holds. Leave them out, or start again with context=None."
         )
     return source if past is None else past.source
 
@@ -81,7 +81,7 @@ def check_continuation(past: Past | None, new: Tensor, start: int | None) -> Non
     if len(new) != len(past.sequences):
         raise CacheMismatch(
             f"the context holds {len(past.sequences)} sequences, and the new tokens are of {len(new)}. Pass those of "
-            "each sequence in the same order, or begin anew with context=None."
+            "each sequence in the same order, or start again with context=None."
         )
     if start is None and new.shape[1] > held:
         again = hashlib.blake2b()

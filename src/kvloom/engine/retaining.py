@@ -29,14 +29,14 @@ def settle(
     name = type(policy).__name__
     if layout is None:
         raise InvalidRequest(
-            f"{name} cannot be honoured: the model does not show its attention and keeps no cache. Leave it away."
+            f"{name} cannot be honoured: the model does not show its attention and keeps no cache. Leave it out."
         )
     if not binding.shows_attention:
         why = "decodes from a source" if binding.encoder is not None else "computes its attention itself"
-        raise InvalidRequest(f"{name} cannot be honoured: the model {why}, so it is handed every token. Leave it away.")
+        raise InvalidRequest(f"{name} cannot be honoured: the model {why}, so it is handed every token. Leave it out.")
     if not any(group.reach.unlimited for group in layout.groups):
         reaches = " and ".join(str(group.reach) for group in layout.groups)
-        raise InvalidRequest(f"{name} has nothing to do: every layer has a {reaches} of its own. Leave it away.")
+        raise InvalidRequest(f"{name} has nothing to do: every layer has a {reaches} of its own. Leave it out.")
     if isinstance(policy, TopBlocks) and not layout.block_bounds:
         raise InvalidRequest(
             "TopBlocks needs the bounds of every block's keys, which are planned for when a model is loaded or "
@@ -47,7 +47,7 @@ def settle(
     if binding.regime(prompt_tokens) != binding.regime(total):
         raise InvalidRequest(
             f"{name} cannot be honoured: between {prompt_tokens:,} and {total:,} tokens the model's rotary factors "
-            "change, and then all tokens are computed anew. Stay within one regime."
+            "change, and then all tokens are computed again. Stay within one regime."
         )
     outgrows = binding.max_tokens is not None and total > binding.max_tokens
     settled = policy.settled(outgrows=outgrows)

@@ -103,7 +103,7 @@ class Transfers:
         """A claimed holding of keys and values that were computed elsewhere, each [kv_heads, tokens, dim]."""
         store, tokens, device = self._cache.store, pairs[0][0].shape[1], self._binding.device
         if not isinstance(store, Store):
-            raise InvalidRequest("an int8 cache takes over no keys and values. Attach with `codec='native'`.")
+            raise InvalidRequest("an int8 cache cannot take over keys and values. Attach with `codec='native'`.")
         regime = self._binding.regime(tokens)
         key = self._rows.key(regime)
         cached = self._rows.with_room(lambda: self._cache.place(placements, tokens=tokens, extra_key=key))

@@ -86,7 +86,7 @@ def observe(
             "this model's attention cannot be looked at: it is not reached through transformers' attention interface."
         )
     if binding.encoder is not None:
-        raise UnsupportedModel("what is shown is the attention of causal models; this one decodes from a source.")
+        raise UnsupportedModel("only the attention of causal models is shown; this one decodes from a source.")
     token_ids = read_prompt(text, lm.tokenizer, vocab_size=lm.vocab_size)
     if not FEWEST <= len(token_ids) <= MOST:
         remedy = "Lengthen" if len(token_ids) < FEWEST else "Shorten"

@@ -124,7 +124,7 @@ class Calls:
         if context is not None and own is not None and not own.same_as(policy):
             raise InvalidRequest(
                 f"the context was computed under {own!r}, and goes on under it alone, not under `retention={policy!r}`."
-                " Leave `retention` away, or prefill the context anew."
+                " Leave `retention` out, or prefill the context again."
             )
         if policy is not None and not use_cache:
             raise InvalidRequest(

@@ -91,7 +91,7 @@ class Context:
         if broken is not None:
             first, last = int(broken.places[0]), int(broken.places[-1])
             raise InvalidRequest(
-                f"a cut at {tokens} goes through {broken}. Cut at {first} or before, or at {last + 1} or behind."
+                f"a cut at {tokens} goes through {broken}. Cut at {first} or before, or at {last + 1} or after."
             )
         return self._cut(tokens)
 

@@ -135,7 +135,7 @@ class _Reader:
         """Token ids of each. The error names the continuation that is wrong."""
         if isinstance(continuations, (str, bytes, Tensor)) or not isinstance(continuations, Sequence):
             raise InvalidRequest(
-                f"continuations are a list of texts or of lists of token ids; got {_kind(continuations)}. "
+                f"continuations must be a list of texts or of lists of token ids; got {_kind(continuations)}. "
                 "Put a single one into a list."
             )
         if not continuations:
@@ -195,7 +195,9 @@ def _merges(seam: Seam, text: str, name: str) -> str:
 def _check_bytes(texts: Sequence[str | None]) -> None:
     for number, text in enumerate(texts, start=1):
         if text is None:
-            raise InvalidRequest("`normalize='bytes'` needs a tokenizer, to spell token ids. Use normalize='tokens'.")
+            raise InvalidRequest(
+                "`normalize='bytes'` needs a tokenizer, to turn token ids into text. Use normalize='tokens'."
+            )
         if not text:
             raise InvalidRequest(
                 f"continuation {number} has no text, only special tokens, so `normalize='bytes'` cannot divide by its "

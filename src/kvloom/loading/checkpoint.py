@@ -178,10 +178,12 @@ def _read_weights(source: Path | str, config: Any, dtype: torch.dtype | str) -> 
     except OSError as error:
         raise CorruptCheckpoint(f"`{source}` holds no complete set of weights: {first_line(error)}") from error
     except (ValueError, KeyError) as error:
-        raise UnsupportedModel(f"`{source}` is no language model that can be decoded: {first_line(error)}") from error
+        raise UnsupportedModel(
+            f"`{source}` is not a language model that can be decoded: {first_line(error)}"
+        ) from error
     for name, found, expected in sorted(report["mismatched_keys"]):
         raise CorruptCheckpoint(
-            f"`{name}` in the checkpoint `{source}` has the shape {list(found)}, but by its config {list(expected)}."
+            f"`{name}` in the checkpoint `{source}` has the shape {list(found)}, but its config says {list(expected)}."
         )
     if unused := sorted(report["unexpected_keys"]):
         warn(

@@ -15,5 +15,5 @@ def refuse_autocast(device: torch.device) -> None:
     if torch.is_autocast_enabled(device.type):
         raise UnsupportedModel(
             f"autocast is switched on for {device.type}, and a cache keeps the dtype of the weights. Leave the "
-            "autocast block, or convert the model to the dtype that is wanted and attach it so."
+            "autocast block, or convert the model to the dtype that is wanted and attach that."
         )

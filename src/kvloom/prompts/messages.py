@@ -218,9 +218,9 @@ def load_image(source: Any, what: str) -> Any:
 def _why_unreadable(source: str, error: Exception) -> str:
     name = source if len(source) <= 80 else f"{source[:77]}..."
     if "://" in source:
-        return f"`{name}` gives no image ({first_line(error)})."
+        return f"`{name}` is not an image ({first_line(error)})."
     if len(source) < MOST_PATH_CHARACTERS and os.path.exists(source):
-        return f"`{name}` is no image, or a damaged one."
+        return f"`{name}` is not an image, or is damaged."
     return f"there is no file `{name}`."
 
 

@@ -109,9 +109,11 @@ def measure_quality(
 def _context_tokens(lm: LanguageModel, prompt_tokens: int | None, new_tokens: int) -> int:
     """How long contexts are: so that what follows them fits the model."""
     if lm.engine.cache is None:
-        raise InvalidRequest("this model keeps no keys and values, so nothing can be kept less of. Measure its speed.")
+        raise InvalidRequest(
+            "this model keeps no keys and values, so there is nothing to keep less of. Measure its speed instead."
+        )
     if lm.tokenizer is None:
-        raise InvalidRequest("texts and questions are measured on, so a tokenizer is needed. Attach one.")
+        raise InvalidRequest("quality is measured on text, and this model has no tokenizer. Attach one.")
     longest = lm.max_tokens or 1 << 30
     wanted = min(CONTEXT_TOKENS, longest * 3 // 4) if prompt_tokens is None else prompt_tokens
     check_count("prompt_tokens", wanted, least=1)

@@ -85,7 +85,8 @@ def all_settings(policies: Iterable[str], keeps: Sequence[float], codecs: Iterab
     for keep in keeps:
         if not 0 < keep < 1:
             raise InvalidRequest(
-                f"`keeps={keep:g}` must be between 0 and 1, the share of the tokens that may stay. Pass such as 0.5."
+                f"`keeps={keep:g}` must be between 0 and 1, the share of the tokens that may stay. Pass a number such "
+                "as 0.5."
             )
     settings = [REFERENCE]
     # By codec, the reference's first: each has a cache of its own.

@@ -83,7 +83,7 @@ def read_regime(value: object) -> Regime:
     if value is None:
         return None
     if not isinstance(value, list | tuple) or not all(type(own) is int for own in value):
-        raise ValueError(f"{value!r} is no rotary regime")
+        raise ValueError(f"{value!r} is not a rotary regime")
     return tuple(value)
 
 

@@ -54,7 +54,7 @@ def open_snapshot(path: str | os.PathLike[str]) -> Iterator[SnapshotReader]:
         with safe_open(source, framework="pt") as file:
             yield SnapshotReader(source, file)
     except SafetensorError as error:
-        raise CorruptSnapshot(f"`{source}` is damaged or incomplete: {error}. Save the context anew.") from error
+        raise CorruptSnapshot(f"`{source}` is damaged or incomplete: {error}. Save the context again.") from error
 
 
 class SnapshotReader:
@@ -74,12 +74,12 @@ class SnapshotReader:
         self._metadata: dict[str, str] = file.metadata() or {}
         if self._metadata.get("format") != FORMAT:
             raise CorruptSnapshot(
-                f"`{source}` is a safetensors file, but no snapshot of KVLoom. Name one that `Context.save` wrote."
+                f"`{source}` is a safetensors file, but not a snapshot of KVLoom. Name one that `Context.save` wrote."
             )
         if self._metadata.get("version") != VERSION:
             raise SnapshotMismatch(
                 f"`{source}` has version {self._metadata.get('version')} of the format; this KVLoom reads {VERSION}. "
-                "Prefill the context anew, and save that."
+                "Prefill the context again, and save that."
             )
         self._digest = Digest(self._metadata)
         try:
@@ -103,13 +103,13 @@ class SnapshotReader:
             if theirs != ours:
                 raise SnapshotMismatch(
                     f"`{self._source}` holds keys and values of {what} {theirs}; this model keeps {ours}. "
-                    f"Load the model with {what}={theirs!r}, or prefill the context anew."
+                    f"Load the model with {what}={theirs!r}, or prefill the context again."
                 )
         if self.origin.fingerprint != own.fingerprint:
             raise SnapshotMismatch(
                 f"`{self._source}` was made by another model: {self.origin.model} with the fingerprint "
                 f"{self.origin.fingerprint[:12]}; this is {own.model} with {own.fingerprint[:12]}. Its config, weights "
-                "or adapters differ. Use the model that made it, or prefill the context anew."
+                "or adapters differ. Use the model that made it, or prefill the context again."
             )
 
     def placements(self, layout: CacheLayout) -> tuple[Placement, ...]:
@@ -202,4 +202,4 @@ class SnapshotReader:
 
     def corrupt(self, what: str) -> CorruptSnapshot:
         """The error of a file that is not as it was written."""
-        return CorruptSnapshot(f"`{self._source}` is damaged: {what}. Save the context anew.")
+        return CorruptSnapshot(f"`{self._source}` is damaged: {what}. Save the context again.")

@@ -165,11 +165,11 @@ def generate(
     settings = model_settings(options)
     retention = read_retention(options)
     if retention is not None and options["no_cache"]:
-        raise click.UsageError("`--retention` and `--no-cache` contradict each other. Leave one away.")
+        raise click.UsageError("`--retention` and `--no-cache` contradict each other. Leave one out.")
     given = _given(options)
     if token_ids and (images or frames or videos):
         flag = "--image" if images else "--frames" if frames else "--video"
-        raise click.UsageError(f"`{flag}` shows something beside text, and `--token-ids` has no text. Leave one away.")
+        raise click.UsageError(f"`{flag}` goes with a text prompt, and `--token-ids` has none. Leave one out.")
     asked = read_ids(text) if token_ids else with_text(shown_blocks(images, frames=frames, videos=videos), text)
     with _notes(ctx, quiet):
         lm = load_model(quiet=quiet, retention=retention, **settings)

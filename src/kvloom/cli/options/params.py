@@ -179,7 +179,7 @@ def imply_sampling(given: dict[str, Any]) -> None:
     implied = [name for name in IMPLY_SAMPLING if name in given]
     if implied and given.get("do_sample") is False:
         flag = implied[0].replace("_", "-")
-        raise click.UsageError(f"`--{flag}` and `--no-do-sample` contradict each other. Leave one away.")
+        raise click.UsageError(f"`--{flag}` and `--no-do-sample` contradict each other. Leave one out.")
     if implied:
         given["do_sample"] = True
 

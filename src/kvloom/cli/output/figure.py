@@ -19,7 +19,9 @@ NAME_GAP = 0.065
 def refuse_unless_plottable(file: Path) -> None:
     """Refuse `--plot FILE` before any work if it could not be written after it."""
     if file.suffix.lower() != ".png":
-        raise InvalidRequest(f"`--plot {file}` must end with .png, the format that is drawn. Name such a file.")
+        raise InvalidRequest(
+            f"`--plot {file}` must end with .png, the only format that is drawn. Name a file that does."
+        )
     if not file.parent.is_dir():
         raise InvalidRequest(f"`--plot {file}`: there is no folder `{file.parent}`. Make it, or name another.")
     if find_spec("matplotlib") is None:

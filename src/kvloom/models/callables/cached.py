@@ -198,7 +198,7 @@ def _pair(layer: Any, number: int, tokens: int) -> tuple[Tensor, Tensor]:
     own = list(layer)[:2] if isinstance(layer, list | tuple | Tensor) else []
     if len(own) < 2 or not all(isinstance(tensor, Tensor) and tensor.dim() == 4 for tensor in own):
         raise UnsupportedModel(
-            f"layer {number} of the callable's `past_key_values` is no pair of keys and values of the shape [batch, "
+            f"layer {number} of the callable's `past_key_values` is not a pair of keys and values of the shape [batch, "
             "kv_heads, tokens, dim]."
         )
     if any(tensor.shape[2] != tokens for tensor in own):

@@ -76,7 +76,7 @@ class CallableBinding:
     def check_shows(self, wanted: Wanted) -> None:
         """Refused: a callable gives logits and nothing else."""
         name = "output_attentions" if wanted.attentions else "output_hidden_states"
-        raise UnsupportedOption(f"`{name}` is not supported: of a callable only its logits can be seen.")
+        raise UnsupportedOption(f"`{name}` is not supported: only the logits of a callable can be seen.")
 
     def views_of(
         self, token_ids: Tensor, wanted: Wanted, *, source: Source | None = None, media: Media | None = None

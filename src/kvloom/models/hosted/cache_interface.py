@@ -156,7 +156,7 @@ class _Trial:
         module = self._running[-1]
         shape = LayerShape(kv_heads=keys.shape[1], key_dim=keys.shape[3], value_dim=values.shape[3], reach=reach)
         if keys.shape[:3] != values.shape[:3]:
-            raise UnsupportedModel(f"`{self._names[module]}` keeps other numbers of keys than of values.")
+            raise UnsupportedModel(f"`{self._names[module]}` keeps different numbers of keys and of values.")
         return AttentionCall(module, self._names[module], shape)
 
     def calls(self) -> tuple[AttentionCall, ...]:

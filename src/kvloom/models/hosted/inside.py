@@ -71,6 +71,6 @@ def _layers(output: Any, name: str, *, may_lack: bool = False) -> tuple[Tensor, 
     if name == "hidden_states" and any(own.dim() != 3 for own in layers):
         shape = list(layers[0].shape)
         raise UnsupportedOption(
-            f"`output_{name}` is not supported: those of the model are no rows of tokens, but have the shape {shape}."
+            f"`output_{name}` is not supported: those of the model are not rows of tokens, but have the shape {shape}."
         )
     return tuple(layers)

@@ -174,7 +174,7 @@ class Vision:
             parts = list(torch.split(values, 1)) if fits else []
         if not fits:
             raise InvalidRequest(
-                f"`{modality.values}` has the shape {list(values.shape)}, which cannot be told apart into single "
+                f"`{modality.values}` has the shape {list(values.shape)}, which cannot be split into single "
                 f"{modality.kind}s{'' if grids is None else f' by `{modality.grid}`'}."
             )
         others = {name: tensor for name, tensor in given.items() if name != modality.values}

@@ -41,8 +41,8 @@ def bind_wrapper(wrapper: Any) -> CachedCallableBinding:
     """
     if not is_of(wrapper, "TransformerWrapper"):
         raise UnsupportedModel(
-            f"of x-transformers a TransformerWrapper or a Decoder can be attached; this is a {type(wrapper).__name__}. "
-            "Attach what it wraps, such as the `net` of an AutoregressiveWrapper."
+            "of x-transformers only a TransformerWrapper or a Decoder can be attached; this is a "
+            f"{type(wrapper).__name__}. Attach what it wraps, such as the `net` of an AutoregressiveWrapper."
         )
     refuse_decoder(wrapper.attn_layers)
     _refuse_wrapper(wrapper)
