@@ -235,7 +235,7 @@ def test_deciding_twice_gives_the_same_and_changes_nothing(model: PreTrainedMode
 @pytest.mark.parametrize("options", KINDS, ids=KIND_NAMES)
 def test_a_processor_that_writes_into_the_scores_changes_no_reported_number(options: dict[str, Any]) -> None:
     write = [lambda input_ids, scores: scores.sub_(2.0)]
-    plain, written = (decoder_for(options, [1, 2], logits_processor=p, top_logprobs=3) for p in (None, write))
+    plain, written = (decoder_for(options | {"top_logprobs": 3}, [1, 2], logits_processor=p) for p in (None, write))
     for turn in range(3):
         logits = torch.randn(plain.rows, VOCAB, generator=torch.Generator().manual_seed(turn))
         kept = logits.clone()
@@ -327,8 +327,8 @@ def test_wrong_use_is_refused_when_the_decoder_is_made() -> None:
     with pytest.raises(EmptyPrompt):
         decoder_for({}, [])
     with pytest.raises(InvalidRequest, match="`top_logprobs=132` exceeds the vocabulary of 131"):
-        decoder_for({}, [1], top_logprobs=132)
+        decoder_for({"top_logprobs": 132}, [1])
     with pytest.raises(InvalidRequest, match="`seed` must be an integer"):
-        decoder_for({"do_sample": True}, [1], seed=1.5)
+        decoder_for({"do_sample": True, "seed": 1.5}, [1])
     with pytest.raises(InvalidRequest, match="looks at 5 tokens a beam, but the vocabulary has 4"):
         decoder_for({"num_beams": 2, "eos_token_id": [0, 1, 2, 3]}, [1], vocab=4)

@@ -29,7 +29,7 @@ from kvloom.decoding.base import (
 from kvloom.decoding.beam import BeamSearch
 from kvloom.decoding.beam_state import BeamRules
 from kvloom.decoding.logits import PresencePenalty, Processor, make_processors
-from kvloom.decoding.options import CHECKS, Lengths, Options, resolve
+from kvloom.decoding.options import Lengths, Options, resolve
 from kvloom.decoding.randomness import fresh_seed, sample_seed
 from kvloom.decoding.sampling import GreedyOrSampling
 from kvloom.decoding.shared import Shared
@@ -66,9 +66,6 @@ def make_decoder(
     tokenizer: Any = None,
     logits_processor: Iterable[Processor] | None = None,
     stopping_criteria: Iterable[Criterion] | None = None,
-    seed: int | None = None,
-    output_logits: bool = False,
-    top_logprobs: int = 0,
     encoder_ids: list[int] | None = None,
 ) -> GreedyOrSampling | BeamSearch:
     """The decoder of one request: greedy, sampling, beam search or beam sampling, as `options` say.
@@ -77,7 +74,6 @@ def make_decoder(
         prompt_ids: what the (decoder's) sequence starts with.
         tokenizer: needed for stop strings only.
         logits_processor, stopping_criteria: the caller's own, merged as transformers merges them.
-        seed, output_logits, top_logprobs: as in `options`; here they win.
         encoder_ids: an encoder-decoder model's encoder input, for the two `encoder_*` options.
 
     Raises:
@@ -95,37 +91,35 @@ def make_decoder(
     shared = Shared(
         processors=processors,
         stopping=stopping,
-        observer=_observer(options, output_logits, top_logprobs, vocab_size, device),
+        observer=_observer(options, vocab_size, device),
         device=device,
         fill=_fill(options),
-        seed=_seed(options, seed),
+        seed=_seed(options),
     )
     if options.num_beams == 1:
         return GreedyOrSampling(prompt_ids, shared, samples=options.num_return_sequences)
     return BeamSearch(prompt_ids, shared, rules=_beam_rules(options, len(prompt_ids), vocab_size))
 
 
-def _observer(
-    options: Options, output_logits: bool, top_logprobs: int, vocab_size: int, device: torch.device
-) -> Observer:
-    top = CHECKS["top_logprobs"]("top_logprobs", top_logprobs or options.top_logprobs)
-    if top > vocab_size:
-        raise InvalidRequest(f"`top_logprobs={top}` exceeds the vocabulary of {vocab_size} tokens. Lower it.")
+def _observer(options: Options, vocab_size: int, device: torch.device) -> Observer:
+    if options.top_logprobs > vocab_size:
+        raise InvalidRequest(
+            f"`top_logprobs={options.top_logprobs}` exceeds the vocabulary of {vocab_size} tokens. Lower it."
+        )
     return Observer(
-        top,
-        output_logits or options.output_logits,
+        options.top_logprobs,
+        options.output_logits,
         options.remove_invalid_values,
         options.output_scores,
         native() if device.type == "cpu" else None,  # once for all steps
     )
 
 
-def _seed(options: Options, seed: int | None) -> int | None:
+def _seed(options: Options) -> int | None:
     """The seed of this request; None for methods that draw no numbers."""
     if not options.do_sample:
         return None
-    seed = options.seed if seed is None else CHECKS["seed"]("seed", seed)
-    return fresh_seed() if seed is None else seed
+    return fresh_seed() if options.seed is None else options.seed
 
 
 def _fill(options: Options) -> int:
