@@ -12,7 +12,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from kvloom.errors import InvalidRequest, UnsupportedModel
 from kvloom.language_model.model import LanguageModel
 from kvloom.models import AttentionInterfaceBinding
-from kvloom.models.hosted.looking import Look
+from kvloom.models.hosted.dissection import Dissection
 from kvloom.prompts import read_prompt
 from kvloom.text import INCOMPLETE
 from kvloom.units import dtype_name
@@ -94,8 +94,8 @@ def observe(
             f"a picture needs {FEWEST} to {MOST} tokens, and the text has {len(token_ids)}. {remedy} it."
         )
     whole = torch.tensor(token_ids)
-    seen, shorter = binding.look(whole), binding.look(whole[:-1])
-    unmasked = [binding.look(own, causal=False) for own in (whole, whole[:-1])]
+    seen, shorter = binding.dissect(whole), binding.dissect(whole[:-1])
+    unmasked = [binding.dissect(own, causal=False) for own in (whole, whole[:-1])]
     layer, head = _choose(seen, layer, head)
     shown = seen.layers[layer].weights
     scale = float(seen.logits[-1].abs().max())
@@ -116,7 +116,7 @@ def observe(
     )
 
 
-def _stepwise(lm: LanguageModel, token_ids: list[int], seen: Look) -> float:
+def _stepwise(lm: LanguageModel, token_ids: list[int], seen: Dissection) -> float:
     """The largest difference of logits between steps on the cache, token by token, and one pass over everything."""
     step = None
     rows = []
@@ -126,7 +126,7 @@ def _stepwise(lm: LanguageModel, token_ids: list[int], seen: Look) -> float:
     return float((torch.stack(rows) - seen.logits.to(rows[0].device)).abs().max())
 
 
-def _change(longer: Look, shorter: Look) -> Change:
+def _change(longer: Dissection, shorter: Dissection) -> Change:
     """Of the tokens that both have."""
 
     def largest(kind: str) -> float:
@@ -143,7 +143,7 @@ def _change(longer: Look, shorter: Look) -> Change:
     return Change(*(largest(kind) for kind in ("weights", "keys", "values")))
 
 
-def _choose(seen: Look, layer: int | None, head: int | None) -> tuple[int, int]:
+def _choose(seen: Dissection, layer: int | None, head: int | None) -> tuple[int, int]:
     """The layer and head asked for; of those left open, the most widely spread."""
     layers = len(seen.layers)
     if layer is not None and not 0 <= layer < layers:

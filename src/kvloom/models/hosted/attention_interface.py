@@ -25,8 +25,8 @@ from kvloom.cache import AnyStore, CacheLayout, MixedKept
 from kvloom.errors import ModelError, UnsupportedModel
 from kvloom.models.binding import Regime
 from kvloom.models.hosted.base import HostedModel
+from kvloom.models.hosted.dissection import DISSECT, Dissection, dissect
 from kvloom.models.hosted.inside import asked, hidden_states_in, without_traces
-from kvloom.models.hosted.looking import LOOK, Look, look
 from kvloom.models.hosted.probe import PROBE, PROBE_TOKENS, Probe, run_probe
 from kvloom.models.hosted.ragged_decoder import ragged_inputs
 from kvloom.models.images.media import Media
@@ -254,19 +254,19 @@ class AttentionInterfaceBinding(HostedModel):
         return self.vision is None and self.native is not None and self.native.whole() is not None
 
     @torch.no_grad()
-    def look(self, token_ids: Tensor, *, causal: bool = True) -> Look:
-        """Queries' weights, keys and values of every layer for a row int64[tokens], computed without a cache.
+    def dissect(self, token_ids: Tensor, *, causal: bool = True) -> Dissection:
+        """Attention weights, keys and values of every layer for a row int64[tokens], computed without a cache.
 
         Args:
             causal: False takes the mask away: every token sees every other.
         """
 
-        def forward(seen: Look) -> Tensor:
+        def forward(seen: Dissection) -> Tensor:
             logits: Tensor = self.model(input_ids=token_ids[None].to(self.device), use_cache=False, kvloom=seen).logits
             return logits[0]
 
-        with self._lock, self._implementation.set_to(LOOK), self._rotary.fixed(self.regime(len(token_ids))):
-            return look(forward, {call.module: call.shape.reach for call in self.calls}, causal=causal)
+        with self._lock, self._implementation.set_to(DISSECT), self._rotary.fixed(self.regime(len(token_ids))):
+            return dissect(forward, {call.module: call.shape.reach for call in self.calls}, causal=causal)
 
     def pack(self, *, exclusive: bool) -> None:
         """Decode with packed copies of the linear layers; see `PackedLinears` for what `exclusive` does."""

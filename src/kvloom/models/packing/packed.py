@@ -239,12 +239,12 @@ def _pack(weight: Weight, packing: Packing, files: list[Range]) -> Any:
     """
     wrong = False
 
-    def look(rows: Tensor, packed: Any) -> None:
+    def check(rows: Tensor, packed: Any) -> None:
         nonlocal wrong
         wrong = wrong or not is_right(packing, packed, rows)
         drop_pages(rows, files)
 
-    packed = packing.pack(weight.parameter, look)
+    packed = packing.pack(weight.parameter, check)
     return None if wrong else packed
 
 

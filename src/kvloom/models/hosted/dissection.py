@@ -1,4 +1,4 @@
-"""A forward pass that lets one look: the attention weights, queries, keys and values of every layer.
+"""A forward pass taken apart: the attention weights, keys and values of every layer.
 
 It computes the formula as it stands, in float32, over one whole row without any cache; for people who want to see
 what a model does, not for decoding. The causal mask can be taken away, to show what depends on it.
@@ -16,11 +16,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvloom.cache import Reach
 
-LOOK = "kvloom_look"
+DISSECT = "kvloom_dissect"
 
 
 @dataclass(frozen=True)
-class LookedLayer:
+class DissectedLayer:
     """What one attention layer did for a row of tokens.
 
     Attributes:
@@ -36,23 +36,23 @@ class LookedLayer:
 
 
 @dataclass
-class Look:
+class Dissection:
     """Collects the layers of one pass; travels to the attention function as a keyword argument."""
 
     reach_of: dict[nn.Module, Reach]
     causal: bool
-    layers: list[LookedLayer] = field(default_factory=list)
+    layers: list[DissectedLayer] = field(default_factory=list)
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
-def look(forward: Callable[[Look], Tensor], reach_of: dict[nn.Module, Reach], *, causal: bool) -> Look:
-    """One pass of `forward` under the looking attention; it returns the logits, float[tokens, vocab]."""
-    seen = Look(reach_of, causal)
+def dissect(forward: Callable[[Dissection], Tensor], reach_of: dict[nn.Module, Reach], *, causal: bool) -> Dissection:
+    """One pass of `forward` under the attention below; it returns the logits, float[tokens, vocab]."""
+    seen = Dissection(reach_of, causal)
     seen.logits = forward(seen).float()
     return seen
 
 
-def _look_attention(
+def _dissected_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -61,11 +61,11 @@ def _look_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    kvloom: Look | None = None,
+    kvloom: Dissection | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function, for one row: query [1, heads, tokens, dim]."""
-    assert kvloom is not None, "only `look` runs a model with this attention"
+    assert kvloom is not None, "only `dissect` runs a model with this attention"
     queries, keys, values = query[0].float(), key[0].float(), value[0].float()
     group = queries.shape[0] // keys.shape[0]
     scores = queries @ keys.repeat_interleave(group, 0).transpose(1, 2)
@@ -79,7 +79,7 @@ def _look_attention(
         scores = torch.cat([scores, sink], dim=-1)
     weights = torch.softmax(scores, dim=-1)[..., : keys.shape[1]]
     outputs = (weights @ values.repeat_interleave(group, 0)).transpose(0, 1)
-    kvloom.layers.append(LookedLayer(weights, keys, values, outputs))
+    kvloom.layers.append(DissectedLayer(weights, keys, values, outputs))
     return outputs[None].to(query.dtype).contiguous(), None
 
 
@@ -90,4 +90,4 @@ def _visible(reach: Reach, scores: Tensor) -> Tensor:
     return (positions <= positions[:, None]) & (positions >= first[:, None])
 
 
-ALL_ATTENTION_FUNCTIONS.register(LOOK, _look_attention)
+ALL_ATTENTION_FUNCTIONS.register(DISSECT, _dissected_attention)
