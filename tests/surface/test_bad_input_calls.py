@@ -420,3 +420,38 @@ def test_after_detach_nothing_works_and_nothing_is_held(model: Any) -> None:
     context.close()
     assert_nothing_is_held(lm)
     assert torch.equal(own, model(torch.tensor([PROMPT])).logits)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True}])
+def test_scores_that_are_not_numbers_are_an_error(lm: LanguageModel, options: dict) -> None:
+    with pytest.raises(NumericalError):
+        lm.generate([1, 2], logits_processor=[lambda ids, scores: scores * float("nan")], **options)
+
+
+@pytest.mark.parametrize("broken", [lambda ids, scores: None, lambda ids, scores: scores[:, :5]])
+def test_a_processor_that_returns_no_scores_is_refused(lm: LanguageModel, broken: object) -> None:
+    for options in ({}, {"num_beams": 2}):
+        with pytest.raises(InvalidRequest, match="logits processor must return"):
+            lm.generate([1, 2], logits_processor=[broken], **options)
+
+
+def test_plausible_slips_end_in_a_typed_error(lm: LanguageModel) -> None:
+    step = lm.extend(None, [1, 2])
+    slips = [
+        lambda: lm.generate([1], context=5),
+        lambda: lm.extend(step, [5]),
+        lambda: lm.extend(step.context, [5], start=True),
+        lambda: lm.prefill([5], context=step),
+        lambda: step.context.truncate("a"),
+        lambda: step.context.truncate(True),
+        lambda: lm.generate(b"abc"),
+        lambda: lm.generate({"input_ids": [[1]]}),
+        lambda: lm.generate([1], bad_words_ids=[1, 2]),
+        lambda: kvloom.attach(tiny.tiny_model("llama"), "tokenizer"),
+        lambda: kvloom.load(5),
+        lambda: kvloom.load(""),
+        lambda: kvloom.load(dtype=torch.int8),
+    ]
+    for slip in slips:
+        with pytest.raises(InvalidRequest if slip is not slips[2] else ValueError):
+            slip()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -143,3 +144,18 @@ def test_a_checkpoint_without_a_tokenizer_decodes_token_ids_and_refuses_text(gpt
     with pytest.raises(kvloom.InvalidRequest, match="no tokenizer"):
         lm.generate("text")
     assert lm.generate([1, 2, 40], max_new_tokens=2).token_ids
+
+
+def test_weights_without_a_place_are_mentioned(folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kvloom.load(folder)
+    config_with(num_hidden_layers=4)(folder)
+    with pytest.warns(UserWarning, match="no place for"):
+        kvloom.load(folder)
+
+
+def test_a_damaged_generation_config_is_refused(folder: Path) -> None:
+    (folder / "generation_config.json").write_text("xx")
+    with pytest.raises(CorruptCheckpoint, match="generation_config"):
+        kvloom.load(folder)

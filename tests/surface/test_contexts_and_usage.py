@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from math import ceil
+from pathlib import Path
 
 import pytest
 import torch
@@ -253,3 +255,35 @@ def test_finished_sequences_stop_costing_compute(lm, monkeypatch) -> None:
     outs = lm.generate([ids(10), ids(12, seed=1)], max_new_tokens=20, eos_token_id=end)
     lengths = sorted(len(out.token_ids) for out in outs)
     assert lengths[0] <= 3 and ran[lengths[0] :] == [1] * (lengths[1] - lengths[0])
+
+
+NEEDS_A_FREE_POOL: dict[str, Callable[[LanguageModel, Path], object]] = {
+    "generate": lambda small, saved: small.generate([1, 2, 3], max_new_tokens=60),
+    "prefill": lambda small, saved: small.prefill(list(range(60, 0, -1))),
+    "score": lambda small, saved: small.score([[4] * 60], prompt=[1, 2, 3]),
+    "restore": lambda small, saved: small.restore(saved),
+    "import_cache": lambda small, saved: small.import_cache(
+        range(60), small.binding.model(torch.arange(60)[None], use_cache=True).past_key_values
+    ),
+}
+
+
+@pytest.mark.parametrize("call", NEEDS_A_FREE_POOL)
+def test_contexts_in_reference_cycles_do_not_keep_the_pool_full(lm: LanguageModel, tmp_path: Path, call: str) -> None:
+    lm.prefill(list(range(50, 110))).save(saved := tmp_path / "saved.kv")
+    small = kvloom.attach(lm.binding.model, budget_bytes=10 * lm.engine.cache.layout.bytes_per_row_of_blocks)
+    gc.disable()
+    try:
+        cycle = [small.prefill(list(range(1, 90)) + list(range(1, 40)))]
+        cycle.append(cycle)
+        with pytest.raises(CacheFull):
+            NEEDS_A_FREE_POOL[call](small, saved)
+        del cycle
+        NEEDS_A_FREE_POOL[call](small, saved)
+    finally:
+        gc.enable()
+
+
+def test_the_default_budget_holds_eight_beams_of_the_whole_context(stories260k: Path) -> None:
+    lm = kvloom.load(stories260k)
+    lm.beam_search([1, 403, 407, 261, 378], num_beams=8, max_new_tokens=507, eos_token_id=426, early_stopping=True)
