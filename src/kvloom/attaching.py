@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Any, Protocol, overload
 
 import torch
@@ -23,6 +24,23 @@ from kvloom.models.proofs.selfcheck import prove
 from kvloom.models.x_transformers.decoder import DecoderBinding
 from kvloom.models.x_transformers.shared import is_of, x_transformers_class
 from kvloom.models.x_transformers.wrapper import bind_wrapper
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """How a language model's cache is kept, as `load` and `attach` were told."""
+
+    budget_bytes: int | None
+    block_tokens: int
+    codec: Codec
+    retention: Retention | None
+    threads: int | None
+
+    def check(self) -> None:
+        """Raise `InvalidRequest` for what makes no sense for any model."""
+        _check_sizes(budget_bytes=self.budget_bytes, block_tokens=self.block_tokens, threads=self.threads)
+        check_policy(self.retention)
+        check_codec(self.codec)
 
 
 def load(
@@ -53,22 +71,13 @@ def load(
     Raises:
         ModelError: what is missing, damaged or unsupported; see `kvloom.errors`.
     """
-    _check_sizes(budget_bytes=budget_bytes, block_tokens=block_tokens, threads=threads)
-    check_policy(retention)
-    check_codec(codec)
+    settings = _Settings(
+        budget_bytes=budget_bytes, block_tokens=block_tokens, codec=codec, retention=retention, threads=threads
+    )
+    settings.check()
     loaded, tokenizer, processor = load_pretrained(model, dtype=dtype, device=_device(device))
     binding = _bind_transformers(loaded, exclusive=True)
-    return _language_model(
-        binding,
-        tokenizer,
-        processor,
-        loaded.generation_config,
-        budget_bytes=budget_bytes,
-        block_tokens=block_tokens,
-        codec=codec,
-        retention=retention,
-        threads=threads,
-    )
+    return _language_model(binding, tokenizer, processor, loaded.generation_config, settings)
 
 
 class BareDecoder(Protocol):
@@ -146,16 +155,14 @@ def attach(
         UnsupportedModel: the model cannot be decoded on the cache; `AttachMismatch` if its cached output
             differs from its own, with the first layer that does.
     """
-    _check_sizes(budget_bytes=budget_bytes, block_tokens=block_tokens, threads=threads, max_tokens=max_tokens)
-    check_policy(retention)
-    check_codec(codec)
+    settings = _Settings(
+        budget_bytes=budget_bytes, block_tokens=block_tokens, codec=codec, retention=retention, threads=threads
+    )
+    settings.check()
+    _check_sizes(max_tokens=max_tokens)
     if is_of(model, "AttentionLayers"):
-        asked = {"tokenizer": tokenizer, "vocab_size": vocab_size, "max_tokens": max_tokens, "device": device}
-        asked |= {"codec": None if codec == "native" else codec, "retention": retention, "exclusive": exclusive or None}
-        _refuse_given("for models that read token ids; a bare decoder reads embeddings", **asked)
-        if threads is not None:
-            torch.set_num_threads(threads)
-        return EmbeddingModel(DecoderBinding(model), budget_bytes=budget_bytes, block_tokens=block_tokens)
+        given = {"tokenizer": tokenizer, "vocab_size": vocab_size, "max_tokens": max_tokens, "device": device}
+        return _embedding_model(model, settings, {**given, "exclusive": exclusive or None})
     binding = _bind(model, vocab_size=vocab_size, max_tokens=max_tokens, device=device, exclusive=exclusive)
     processor = None
     if isinstance(tokenizer, ProcessorMixin) and binding.encoder is None:
@@ -164,17 +171,7 @@ def attach(
         if not hasattr(tokenizer, "get_vocab"):
             raise InvalidRequest(f"`tokenizer` must be a tokenizer of transformers; got {type(tokenizer).__name__}.")
         check_tokenizer(tokenizer, binding.vocab_size)
-    return _language_model(
-        binding,
-        tokenizer,
-        processor,
-        getattr(model, "generation_config", None),
-        budget_bytes=budget_bytes,
-        block_tokens=block_tokens,
-        codec=codec,
-        retention=retention,
-        threads=threads,
-    )
+    return _language_model(binding, tokenizer, processor, getattr(model, "generation_config", None), settings)
 
 
 def _bind(
@@ -207,6 +204,17 @@ def _bind(
     return CallableBinding(model, vocab_size=vocab_size, max_tokens=max_tokens, device=device or "cpu")
 
 
+def _embedding_model(decoder: Any, settings: _Settings, given: dict[str, Any]) -> EmbeddingModel:
+    """A bare decoder, attached; `given` are arguments that make no sense for one."""
+    kept = {"codec": None if settings.codec == "native" else settings.codec, "retention": settings.retention}
+    _refuse_given("for models that read token ids; a bare decoder reads embeddings", **given, **kept)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    return EmbeddingModel(
+        DecoderBinding(decoder), budget_bytes=settings.budget_bytes, block_tokens=settings.block_tokens
+    )
+
+
 def _refuse_given(reason: str, **given: Any) -> None:
     for name, value in given.items():
         if value is not None:
@@ -227,20 +235,16 @@ def _language_model(
     tokenizer: Any,
     processor: Any,
     generation_config: Any,
-    *,
-    budget_bytes: int | None,
-    block_tokens: int,
-    codec: Codec,
-    retention: Retention | None,
-    threads: int | None,
+    settings: _Settings,
 ) -> LanguageModel:
-    if threads is not None:
-        torch.set_num_threads(threads)
+    retention = settings.retention
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
     engine = Engine(
         binding,
-        budget_bytes=budget_bytes,
-        block_tokens=block_tokens,
-        codec=codec,
+        budget_bytes=settings.budget_bytes,
+        block_tokens=settings.block_tokens,
+        codec=settings.codec,
         block_bounds=isinstance(retention, TopBlocks),
     )
     config = generation_config if isinstance(generation_config, GenerationConfig) else None
