@@ -39,7 +39,7 @@ def _why_not(module: nn.Linear, packed: PackedLinears | None) -> str:
     if packed is None or not packed.is_native:
         return "there are no native kernels for it here"
     if type(module) is not nn.Linear:
-        return f"a {type(module).__name__} is not a plain linear layer"
+        return f"a {type(module).__name__} is no plain linear layer"
     if "forward" in module.__dict__ and packed.plain_weight(module) is None:
         return "its forward was replaced"
     return f"is not packed: its weight is {module.weight.dtype} on {module.weight.device}, or an adapter wraps it"

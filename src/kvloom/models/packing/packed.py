@@ -239,12 +239,12 @@ def _pack(weight: Weight, packing: Packing, files: list[Range]) -> Any:
     """
     wrong = False
 
-    def check(rows: Tensor, packed: Any) -> None:
+    def look(rows: Tensor, packed: Any) -> None:
         nonlocal wrong
         wrong = wrong or not is_right(packing, packed, rows)
         drop_pages(rows, files)
 
-    packed = packing.pack(weight.parameter, check)
+    packed = packing.pack(weight.parameter, look)
     return None if wrong else packed
 
 

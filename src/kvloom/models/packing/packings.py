@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from kvloom.native import Library, native
 from kvloom.native.linear import ALIGNED_BYTES, LANES, LinearKernels, PackedWeight, Projection, packed_elements
 
-OnPiece = Callable[[Tensor, Any], None]
-"""Called with plain rows and the same rows packed."""
+Look = Callable[[Tensor, Any], None]
 
 PIECE_BYTES = 16 << 20
-"""Of plain weights that are packed at a time: what is in memory twice while a mapped file is packed."""
+"""Of plain weights that are packed before the next look: what is in memory twice while a mapped file is packed."""
 
 
 class Packing(Protocol):
@@ -35,8 +34,8 @@ class Packing(Protocol):
         """Weights that are going to be packed, in this order."""
         ...
 
-    def pack(self, weight: Tensor, on_piece: OnPiece | None = None) -> Any:
-        """Pack a weight [outputs, inner], piece by piece; after each piece call `on_piece(rows, packed rows)`."""
+    def pack(self, weight: Tensor, look: Look | None = None) -> Any:
+        """Pack a weight [outputs, inner], piece by piece; after each piece call `look(rows, packed rows)`."""
         ...
 
     def unpack(self, packed: Any) -> Tensor:
@@ -82,7 +81,7 @@ class NativePacking:
             needed[weight.dtype] = needed.get(weight.dtype, 0) + self._elements(weight)
         self._rooms = {dtype: self._kernels.make_room(elements, dtype) for dtype, elements in needed.items()}
 
-    def pack(self, weight: Tensor, on_piece: OnPiece | None = None) -> PackedWeight:
+    def pack(self, weight: Tensor, look: Look | None = None) -> PackedWeight:
         """Into what is left of the room, else into new memory."""
         outputs, inner = weight.shape
         room = self._rooms.get(weight.dtype)
@@ -95,8 +94,8 @@ class NativePacking:
             rows = weight.detach()[first : first + tiles * LANES]
             start = packed_elements(first, inner, weight.dtype)
             piece = self._kernels.pack(rows, room[start : start + packed_elements(len(rows), inner, weight.dtype)])
-            if on_piece is not None:
-                on_piece(rows, piece)
+            if look is not None:
+                look(rows, piece)
         return PackedWeight(room[: packed_elements(outputs, inner, weight.dtype)], outputs, inner)
 
     def unpack(self, packed: PackedWeight) -> Tensor:
@@ -143,11 +142,11 @@ class OneDnnPacking:
     def reserve(self, weights: Iterable[Tensor]) -> None:
         """Nothing: each packed weight has memory of its own."""
 
-    def pack(self, weight: Tensor, on_piece: OnPiece | None = None) -> Tensor:
+    def pack(self, weight: Tensor, look: Look | None = None) -> Tensor:
         """In one piece."""
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), self.rows_hint)
-        if on_piece is not None:
-            on_piece(weight.detach(), packed)
+        if look is not None:
+            look(weight.detach(), packed)
         return packed
 
     def unpack(self, packed: Tensor) -> Tensor:
