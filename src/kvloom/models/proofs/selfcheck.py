@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from kvloom.attention import Plan, build_plan
 from kvloom.cache import CachedSequence, CacheLayout, KVCache, place_source
 from kvloom.errors import AttachMismatch, UnsupportedModel
+from kvloom.exclusive import uninterrupted
 from kvloom.models.binding import Binding, Regime
 from kvloom.models.hosted.base import MOST_ROWS, WINDOW_FIELDS, HostedModel
 from kvloom.models.hosted.probe import AttentionCall
@@ -210,7 +211,7 @@ class _Runner:
             name: torch.cat([self._own[index].rows[name][tokens] for index, tokens in new])
             for name in self._own[0].rows
         }
-        with _recorded(self._binding, own, self._binding.run_order(plan)) as rows:
+        with uninterrupted(), _recorded(self._binding, own, self._binding.run_order(plan)) as rows:
             logits = self._binding.forward(
                 torch.tensor(token_ids, device=self._binding.device),
                 plan,
@@ -239,7 +240,7 @@ class _Runner:
 
 def _run_uncached(binding: Provable, sequence: CheckedSequence, checked: list[int], regime: Regime) -> _Trace:
     token_ids = torch.tensor([sequence.token_ids], device=binding.device)
-    with _recorded(binding) as rows:
+    with uninterrupted(), _recorded(binding) as rows:
         logits = binding.forward_own(token_ids, last=None, regime=regime, source=sequence.source, media=sequence.media)
     return _Trace(rows, logits[0, checked])
 
