@@ -42,6 +42,10 @@ WINDOW_FIELDS = ("sliding_window", "attention_chunk_size", "window_size")
 """Where configs and modules keep how far back attention sees."""
 
 
+STATES_IN_LAYERS = ("linear_attention", "conv", "mamba")
+"""What configs call layers that keep a state instead of keys and values. Some models do not say it in another way."""
+
+
 class HostedModel(ABC):
     """A language model of transformers in evaluation mode, whose weights, config and mode are left as they are.
 
@@ -329,3 +333,8 @@ def _refuse_by_config(model: PreTrainedModel) -> None:
         raise UnsupportedModel(f"{type(model).__name__} has no language-modelling head, so it gives no logits.")
     if getattr(model, "_is_stateful", False):
         raise UnsupportedModel(f"{type(model).__name__} keeps a recurrent state, which a key/value cache cannot hold.")
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+    if kept := [kind for kind in STATES_IN_LAYERS if kind in kinds]:
+        raise UnsupportedModel(
+            f"{type(model).__name__} keeps a state in layers of `{kept[0]}`, which a key/value cache cannot hold."
+        )
