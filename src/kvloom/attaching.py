@@ -50,7 +50,8 @@ def load(
         codec: how keys and values are kept. "native": in the model's dtype. "int8": full blocks at 8 bits, about half
             the bytes of bfloat16; a little is lost, and `verify` says how much.
         retention: the policy of calls that name none, such as `kvloom.SinkWindow()`; none by default.
-        threads: PyTorch's threads, for the whole process; by default as PyTorch has them.
+        threads: PyTorch's threads, for the whole process; by default as PyTorch has them. Processes forked from this
+            one decode on one thread each.
 
     Raises:
         ModelError: what is missing, damaged or unsupported; see `kvloom.errors`.

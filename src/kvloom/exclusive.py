@@ -27,8 +27,12 @@ Handler = Callable[[int, FrameType | None], Any]
 WAIT_SECONDS = 0.05
 """How long a thread waits for another before it looks whether it was interrupted."""
 
+# What Python's functions wrap: they make enumerations of numbers, which takes longer than all the rest of a turn.
+_get_handler: Callable[[int], Any] = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
+_set_handler: Callable[[int, Handler], Any] = getattr(signal.signal, "__wrapped__", signal.signal)
+
 _NUMBERS: tuple[int, ...] = tuple(
-    getattr(signal, name)
+    int(getattr(signal, name))
     for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGPROF", "SIGVTALRM")
     if hasattr(signal, name)
 )
@@ -46,16 +50,16 @@ class _Signals:
     def stand_in(self) -> None:
         """Put our handler in front of each that is a function. May be interrupted, and done again."""
         for number in _NUMBERS:
-            handler = signal.getsignal(number)
+            handler = _get_handler(number)
             if callable(handler) and handler != self._note:
                 self._handlers[number] = handler
-                signal.signal(number, self._note)
+                _set_handler(number, self._note)
 
     def step_aside(self) -> None:
         """Put the program's handlers back, but for those that it has set anew meanwhile."""
         for number, handler in self._handlers.items():
-            if signal.getsignal(number) == self._note:
-                signal.signal(number, handler)
+            if _get_handler(number) == self._note:
+                _set_handler(number, handler)
 
     def hand_on(self) -> None:
         """Let the program's handlers have what came, which may raise."""
