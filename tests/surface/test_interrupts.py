@@ -19,7 +19,7 @@ import tiny
 PACKAGE = str(Path(kvloom.__file__).parent)
 PROMPT = list(range(1, 38))
 OTHER = list(range(60, 80))
-POINTS = 10
+POINTS = 6
 
 
 class Ticker:
