@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, overload
 
@@ -66,7 +68,8 @@ def load(
         codec: how keys and values are kept. "native": in the model's dtype. "int8": full blocks at 8 bits, about half
             the bytes of bfloat16; a little is lost, and `verify` says how much.
         retention: the policy of calls that name none, such as `kvloom.SinkWindow()`; none by default.
-        threads: PyTorch's threads, for the whole process; by default as PyTorch has them.
+        threads: PyTorch's threads, for the whole process; by default as PyTorch has them. Processes forked from this
+            one decode on one thread each.
 
     Raises:
         ModelError: what is missing, damaged or unsupported; see `kvloom.errors`.
@@ -167,11 +170,14 @@ def attach(
     processor = None
     if isinstance(tokenizer, ProcessorMixin) and binding.encoder is None:
         processor, tokenizer = tokenizer, getattr(tokenizer, "tokenizer", None)
-    if tokenizer is not None:
-        if not hasattr(tokenizer, "get_vocab"):
-            raise InvalidRequest(f"`tokenizer` must be a tokenizer of transformers; got {type(tokenizer).__name__}.")
-        check_tokenizer(tokenizer, binding.vocab_size)
-    return _language_model(binding, tokenizer, processor, getattr(model, "generation_config", None), settings)
+    with _detached_unless_done(binding):
+        if tokenizer is not None:
+            if not hasattr(tokenizer, "get_vocab"):
+                raise InvalidRequest(
+                    f"`tokenizer` must be a tokenizer of transformers; got {type(tokenizer).__name__}."
+                )
+            check_tokenizer(tokenizer, binding.vocab_size)
+        return _language_model(binding, tokenizer, processor, getattr(model, "generation_config", None), settings)
 
 
 def _bind(
@@ -223,11 +229,22 @@ def _refuse_given(reason: str, **given: Any) -> None:
 
 def _bind_transformers(model: PreTrainedModel, *, exclusive: bool) -> HostedModel:
     binding = bind(model)
-    # The proofs record much, and what they freed would stay with the process beside the packed weights.
-    give_back_freed()
-    binding.pack(exclusive=exclusive)
-    give_back_freed()
-    return binding
+    with _detached_unless_done(binding):
+        # The proofs record much, and what they freed would stay with the process beside the packed weights.
+        give_back_freed()
+        binding.pack(exclusive=exclusive)
+        give_back_freed()
+        return binding
+
+
+@contextmanager
+def _detached_unless_done(binding: Binding) -> Iterator[None]:
+    """Whatever is raised within the block, a model that was given for exclusive use is its owner's again."""
+    try:
+        yield
+    except BaseException:
+        binding.detach()
+        raise
 
 
 def _language_model(

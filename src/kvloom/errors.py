@@ -13,6 +13,7 @@
     │   ├── CacheFull                    the pool cannot hold the request
     │   ├── CacheMismatch (ValueError)   `start` is not the length of the context
     │   ├── ContextClosed                the context was closed, or belongs to another model
+    │   ├── ForkedMidway                 the process was forked while its parent was decoding
     │   └── SnapshotError                a snapshot cannot be restored
     │       ├── SnapshotNotFound         no such file
     │       ├── SnapshotMismatch         another model, dtype or codec made it; names which
@@ -84,6 +85,10 @@ class CacheMismatch(CacheError, ValueError):
 
 class ContextClosed(CacheError):
     """A context was used after `close()`, or with a model that did not make it."""
+
+
+class ForkedMidway(CacheError):
+    """The process was forked within a step of its parent, and has a half changed copy of model and cache."""
 
 
 class SnapshotError(CacheError):

@@ -15,6 +15,12 @@ PROMPT_TAIL_TOKENS = 8
 """Enough of the prompt for a tokenizer to see whether the first new word follows a space."""
 
 
+CHARACTER_TOKENS = 4
+"""A character has at most four bytes, and so many tokens."""
+
+MOST_WAITING_TOKENS = 16
+"""How many tokens are held back at most in the hope that they become characters."""
+
 SEAM_TOKENS = 32
 """How much of a prompt is looked at to see whether a continuation merges with its end."""
 
@@ -108,14 +114,26 @@ class Detokenizer:
         """The text that `token_id` completes; empty while a character is incomplete."""
         self._token_ids.append(token_id)
         shown, text = self._texts()
-        if text.endswith(INCOMPLETE) or len(text) <= len(shown):
+        if text == shown:
+            self._token_ids.pop()  # a special token: it says nothing, and nothing behind it will change that
             return ""
-        return self._take(shown, text)
+        if text.endswith(INCOMPLETE):
+            return self._give_up_waiting(shown)
+        return self._take(shown, text) if len(text) > len(shown) else ""
 
     def finish(self) -> str:
         """What was held back, complete or not."""
         shown, text = self._texts()
         return self._take(shown, text) if len(text) > len(shown) else ""
+
+    def _give_up_waiting(self, shown: str) -> str:
+        """Text that no character to come can change any more; mostly empty. Else invalid bytes would wait for ever."""
+        if len(self._token_ids) - self._shown <= MOST_WAITING_TOKENS:
+            return ""
+        settled = self._decode(self._token_ids[:-CHARACTER_TOKENS])
+        self._token_ids = self._token_ids[self._shown :]
+        self._shown = len(self._token_ids) - CHARACTER_TOKENS
+        return settled[len(shown) :]
 
     def _take(self, shown: str, text: str) -> str:
         self._token_ids = self._token_ids[self._shown :]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,8 @@ from transformers import LogitsProcessor
 import kvloom
 import tiny
 from kvloom import CacheFull, CacheMismatch, InvalidRequest, KVLoomError, LanguageModel, UnsupportedModel
+from kvloom.engine import memory
+from kvloom.engine.memory import total_memory_bytes
 from kvloom.errors import (
     ContextClosed,
     EmptyPrompt,
@@ -150,9 +154,37 @@ def test_a_budget_below_one_block_is_refused(model: Any) -> None:
         kvloom.attach(model, budget_bytes=10)
 
 
-def test_a_budget_beyond_the_memory_is_refused(model: Any) -> None:
-    with pytest.raises(CacheFull, match=r"cannot be allocated on cpu. Lower budget_bytes"):
-        kvloom.attach(model, budget_bytes=1 << 60)
+@pytest.mark.parametrize("times", [1.01, 1 << 20])
+def test_a_budget_beyond_the_memory_is_refused(model: Any, times: float) -> None:
+    whole = total_memory_bytes(torch.device("cpu"))
+    with pytest.raises(CacheFull, match=r"is more than the [\d,]+ bytes of memory that cpu has. Lower budget_bytes"):
+        kvloom.attach(model, budget_bytes=int(whole * times))
+
+
+def test_the_memory_of_a_container_counts_where_it_is_less_than_the_machines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
+    unconfined = memory.total_memory_bytes(cpu)
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("12345\n")
+    assert memory.total_memory_bytes(cpu) == unconfined
+    (tmp_path / "memory.max").write_text("1000000\n")
+    assert (memory.total_memory_bytes(cpu), memory.available_memory_bytes(cpu)) == (1_000_000, 1_000_000 - 12_345)
+
+
+@pytest.mark.parametrize("refused", ["a budget", "a tokenizer"])
+def test_a_model_for_exclusive_use_is_its_owners_again_if_it_is_refused(model: Any, refused: str) -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    own, weights = model(ids).logits, {name: own.clone() for name, own in model.named_parameters()}
+    unfit = SimpleNamespace(get_vocab=lambda: {"word": 10**6})
+    with pytest.raises(KVLoomError):
+        if refused == "a budget":
+            kvloom.attach(model, exclusive=True, budget_bytes=10)
+        kvloom.attach(model, unfit, exclusive=True)
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
+    assert torch.equal(model(ids).logits, own)
 
 
 # ---- options -------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AutoModelForCausalLM, MambaConfig
 
+import families
 import kvloom
 import tiny
 from kvloom.cache import CacheLayout, KVCache
@@ -92,6 +93,30 @@ def test_what_attach_refuses_the_planner_refuses(folder: Path) -> None:
     MambaConfig(vocab_size=131, hidden_size=32, num_hidden_layers=2, state_size=4).save_pretrained(folder)
     with pytest.raises(UnsupportedModel, match="keeps a recurrent state"):
         kvloom.plan(folder)
+
+
+def small_config(folder: Path, name: str) -> Path:
+    """The config of a small model of any family of transformers."""
+    family = next(family for family in families.all_families() if family.name == name)
+    families.build(family).config.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["lfm2", "minimax"])
+def test_states_that_only_the_kinds_of_layers_tell_of_are_refused_without_weights(folder: Path, name: str) -> None:
+    with pytest.raises(UnsupportedModel, match=r"keeps a state in layers of `(conv|linear_attention)`"):
+        kvloom.plan(small_config(folder, name))
+
+
+@pytest.mark.parametrize("name", ["dbrx", "jetmoe"])
+def test_a_model_whose_course_depends_on_numbers_is_refused_as_such(folder: Path, name: str) -> None:
+    with pytest.raises(UnsupportedModel, match=r"cannot be followed without weights.*Attaching it may work"):
+        kvloom.plan(small_config(folder, name))
+
+
+@pytest.mark.parametrize("name", ["gemma3", "modernbert-decoder"])
+def test_weights_that_are_drawn_again_until_they_fit_are_planned_though_there_are_none(folder: Path, name: str) -> None:
+    assert kvloom.plan(small_config(folder, name), prompt_tokens=20, max_new_tokens=4).cache_bytes > 0
 
 
 @pytest.mark.parametrize("family", [*tiny.SUPPORTED_FAMILIES, *tiny.OWN_ATTENTION_FAMILIES])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from kvloom.cache.cache import KVCache
 from kvloom.cache.sequence import CachedSequence
+from kvloom.exclusive import Exclusive
 
 
 class Turns:
@@ -21,14 +21,14 @@ class Turns:
 
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
-        self._lock = threading.Lock()
+        self._exclusive = Exclusive()
         self._dropped: deque[Sequence[CachedSequence]] = deque()
 
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Work alone; another thread waits. A turn has no turns inside."""
         try:
-            with self._lock:
+            with self._exclusive.turn():
                 self._close_dropped()
                 yield
         finally:
@@ -45,11 +45,10 @@ class Turns:
         self._close_dropped()
 
     def _close_if_nobody_works(self) -> None:
-        if self._lock.acquire(blocking=False):
-            try:
-                self._close_dropped()
-            finally:
-                self._lock.release()
+        if self._dropped:
+            with self._exclusive.turn_if_free() as free:
+                if free:
+                    self._close_dropped()
 
     def _close_dropped(self) -> None:
         while self._dropped:

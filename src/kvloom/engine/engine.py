@@ -8,7 +8,7 @@ raising logits processor, NaN logits) is closed, and the others go on.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from kvloom.cache import Codec
@@ -24,6 +24,7 @@ from kvloom.engine.request import Request, Row
 from kvloom.engine.rows import CachedRows, stacked
 from kvloom.engine.scheduler import STEP_TOKENS, schedule
 from kvloom.errors import CacheFull, NumericalError
+from kvloom.exclusive import interruptible, uninterrupted
 from kvloom.models import Binding, check_codec_of, check_countable
 
 NO_TOKEN = "no token can be chosen: the model returned NaN logits, or the logits processors left no token possible."
@@ -96,8 +97,7 @@ class Engine:
                 if request.error is not None:
                     raise request.error
         except BaseException:
-            for request in requests:
-                self.abort(request)
+            self.abort_all(requests)
             raise
 
     def step(self) -> None:
@@ -109,6 +109,12 @@ class Engine:
             decoded_rows = self._apply(decided)
             pending = sum(request.pending_prompt_tokens for request in self._requests)
             self._emit(StepDone(prompt_tokens, decoded_rows, pending, self.cache.blocks_in_use if self.cache else 0))
+
+    def abort_all(self, requests: Iterable[Request]) -> None:
+        """Close several, without being interrupted between two of them."""
+        with uninterrupted():
+            for request in requests:
+                self.abort(request)
 
     def abort(self, request: Request) -> None:
         """Close a request, finished or not, and let go of its blocks.
@@ -206,7 +212,8 @@ class Engine:
             if not request.started or len(logits) < len(request.rows):
                 continue
             try:
-                decided.append((request, request.decoder.decide(stacked(logits))))
+                with interruptible():
+                    decided.append((request, request.decoder.decide(stacked(logits))))
             except Exception as error:
                 self._close(request, error)
         return decided

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gc
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from kvloom.errors import ContextClosed
+from kvloom.exclusive import Exclusive
 from kvloom.models import Binding
 
 
@@ -16,13 +16,12 @@ class Guard:
     """Lets one thread at a time work on a model and its cache.
 
     Contexts are dropped at any moment, by the garbage collector even in the middle of a step. What is to be done then
-    is put off until nobody works.
+    is put off until nobody works. So is what signals raise, but for the parts of a step that are `interruptible`.
     """
 
     def __init__(self, binding: Binding) -> None:
         self._binding = binding
-        self._lock = threading.RLock()
-        self._depth = 0
+        self._exclusive = Exclusive()
         self._put_off: deque[Callable[[], None]] = deque()
         self._closed = False
 
@@ -34,15 +33,13 @@ class Guard:
             new: whether the work is begun here; then raises `ContextClosed` if the model was detached, and what the
                 binding raises if its model cannot run now.
         """
-        with self._lock:
-            self._depth += 1
-            try:
+        try:
+            with self._exclusive.turn():
                 if new:
                     self._check_open()
                 yield
-            finally:
-                self._depth -= 1
-                self._catch_up()
+        finally:
+            self._catch_up_if_free()
 
     def close(self) -> None:
         """Take on no new work, and detach from the model."""
@@ -52,20 +49,21 @@ class Guard:
     def put_off(self, work: Callable[[], None]) -> None:
         """Do `work` as soon as nobody works: now, or at the end of what runs. May be called at any moment."""
         self._put_off.append(work)
-        if self._lock.acquire(blocking=False):
-            try:
-                self._catch_up()
-            finally:
-                self._lock.release()
+        self._catch_up_if_free()
 
     def catch_up_now(self) -> None:
         """Do what was put off, also what waits in reference cycles for the garbage collector; never inside a step."""
         gc.collect()
-        while self._put_off:
-            self._put_off.popleft()()
+        self._catch_up()
+
+    def _catch_up_if_free(self) -> None:
+        if self._put_off:
+            with self._exclusive.turn_if_free() as free:
+                if free:
+                    self._catch_up()
 
     def _catch_up(self) -> None:
-        while self._depth == 0 and self._put_off:
+        while self._put_off:
             self._put_off.popleft()()
 
     def _check_open(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 from kvloom.cache import CachedSequence, KVCache
@@ -20,11 +21,18 @@ class Holding:
         regime: the rotary regime under which they were computed.
         claimed: whether a user holds a context on them. Unclaimed holdings are the tables of results whose
             `context` nobody has asked for; they are given up, oldest first, when blocks run short.
+        owner: that context, once there is one.
     """
 
     cached: CachedSequence | None
     regime: Regime
     claimed: bool
+    owner: weakref.ref[object] | None = None
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether its context is gone. Then it is let go of, unless what lets it go was interrupted."""
+        return self.owner is not None and self.owner() is None
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,8 @@ class Holdings:
 
     def claimed_blocks(self) -> tuple[int, ...]:
         """For each layer group, the distinct blocks that users' contexts hold; then the open ones, if these count."""
+        for orphan in [holding for holding in self._all.values() if holding.is_orphan]:
+            self.release(orphan)
         claimed = [holding.cached for holding in self._all.values() if holding.claimed and holding.cached is not None]
         return self._cache.blocks_and_open(
             self._cache.blocks_held(claimed), max(self._cache.open_blocks_held(claimed), default=0)

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from kvloom.cache import CacheLayout, Codec, KVCache
 from kvloom.engine.admission import Admission
 from kvloom.engine.holding import Holdings
+from kvloom.engine.memory import total_memory_bytes
 from kvloom.engine.planner import default_budget_bytes, longest_kept
 from kvloom.engine.rows import CachedRows
 from kvloom.engine.transfers import Transfers
+from kvloom.errors import CacheFull
 from kvloom.models import Binding
 
 
@@ -48,7 +50,11 @@ class Keeping:
 def make_cache(
     binding: Binding, *, budget_bytes: int | None, block_tokens: int, codec: Codec, block_bounds: bool
 ) -> KVCache | None:
-    """A cache for the layers of a model; None if it shows none. By default the budget of `default_budget_bytes`."""
+    """A cache for the layers of a model; None if it shows none. By default the budget of `default_budget_bytes`.
+
+    Raises `CacheFull` if the budget is below one block, or beyond the memory that there is: Linux hands out pages as
+    they are written, so that else the process would be killed for it later.
+    """
     if not binding.layers:
         return None
     layout = CacheLayout(
@@ -60,4 +66,9 @@ def make_cache(
     )
     if budget_bytes is None:
         budget_bytes = default_budget_bytes(layout, max_tokens=longest_kept(binding), device=binding.device)
+    elif budget_bytes > (total := total_memory_bytes(binding.device)):
+        raise CacheFull(
+            f"budget_bytes={budget_bytes:,} is more than the {total:,} bytes of memory that {binding.device} has. "
+            "Lower budget_bytes."
+        )
     return KVCache(layout, budget_bytes=budget_bytes, device=binding.device)

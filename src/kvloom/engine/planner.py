@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import torch
 
 from kvloom.cache import CacheLayout, Reach
 from kvloom.cache.retention import Retention
+from kvloom.engine.memory import available_memory_bytes
 from kvloom.models import Binding
 
 DEFAULT_SEQUENCES = 8
@@ -119,15 +117,3 @@ def default_budget_bytes(
     wanted = layout.budget_for(DEFAULT_SEQUENCES * (layout.blocks_of(max_tokens or DEFAULT_CONTEXT) + 2))
     available = int(DEFAULT_SHARE_OF_MEMORY * max(available_memory_bytes(device) - taken_bytes, 0))
     return max(min(wanted, available), layout.total_bytes(1))
-
-
-def available_memory_bytes(device: torch.device) -> int:
-    """Bytes that a new allocation on `device` could take now."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

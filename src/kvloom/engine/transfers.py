@@ -17,6 +17,7 @@ from kvloom.engine.holding import Holding, Restored
 from kvloom.engine.request import Row
 from kvloom.engine.rows import CachedRows
 from kvloom.errors import InvalidRequest
+from kvloom.exclusive import interruptible
 from kvloom.models import Binding, Media, Source
 from kvloom.models.beside import read_beside
 
@@ -50,16 +51,17 @@ class Transfers:
         assert holding.cached is not None, "only tables can be saved"
         if holding.cached.foreign:
             raise InvalidRequest("a context that began with an imported cache cannot be saved. Prefill its token_ids.")
-        write_snapshot(
-            path,
-            self._cache,
-            holding.cached,
-            token_ids=token_ids,
-            regime=as_regime(holding.regime),
-            origin=origin,
-            beside=beside,
-            retention=retention,
-        )
+        with interruptible():
+            write_snapshot(
+                path,
+                self._cache,
+                holding.cached,
+                token_ids=token_ids,
+                regime=as_regime(holding.regime),
+                origin=origin,
+                beside=beside,
+                retention=retention,
+            )
 
     def restore(self, snapshot: SnapshotReader, placements: Sequence[Placement]) -> Restored:
         """What a snapshot holds, in blocks of its own; the full ones, and its source, can be found again."""
@@ -67,7 +69,8 @@ class Transfers:
         row = Row(snapshot.token_ids, cached, snapshot.regime)
         try:
             cached.retained = snapshot.retained(placements, self._cache.layout, self._binding.max_tokens)
-            snapshot.load(self._cache, cached)
+            with interruptible():
+                snapshot.load(self._cache, cached)
             row.source, row.media = self._read_beside(snapshot, placements)
             cached.key = self._rows.key(row.regime, row.source)
             if row.source is not None:

@@ -84,9 +84,13 @@ class Calls:
     def decode(self, prompt: Any, asked: Asked) -> tuple[list[Hypotheses], bool]:
         """The sequences of each prompt, and whether several prompts were passed."""
         requests, several = self.requests(prompt, asked)
-        self.submit(requests)
-        self._engine.run(requests)
-        return [self.results(request) for request in requests], several
+        try:
+            self.submit(requests)
+            self._engine.run(requests)
+            return [self.results(request) for request in requests], several
+        except BaseException:
+            self._engine.abort_all(requests)
+            raise
 
     def requests(self, prompt: Any, asked: Asked, options: Options | None = None) -> tuple[list[Request], bool]:
         """A checked request for each prompt; nothing is queued yet. `options` are by default those that were asked."""
@@ -254,8 +258,7 @@ class Calls:
             for request in requests:
                 self._engine.submit(request)
         except BaseException:
-            for request in requests:
-                self._engine.abort(request)
+            self._engine.abort_all(requests)
             raise
 
     def results(self, request: Request) -> Hypotheses:

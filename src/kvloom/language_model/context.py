@@ -13,6 +13,7 @@ from kvloom.engine import Engine
 from kvloom.engine.foreign import exported
 from kvloom.engine.holding import Holding
 from kvloom.errors import ContextClosed, InvalidRequest
+from kvloom.exclusive import uninterrupted
 from kvloom.models import Media, Source
 
 
@@ -46,7 +47,7 @@ class Context:
         self._holding = holding
         self._closed = False
         if holding is not None:
-            holding.claimed = True
+            holding.claimed, holding.owner = True, weakref.ref(self)
             self._finalizer = weakref.finalize(self, engine.contexts.release, holding)
 
     @property
@@ -146,9 +147,12 @@ class Context:
 
     def _cut(self, tokens: int) -> Context:
         holding = self.tables_for(self._engine)
-        forked = self._engine.contexts.fork(holding, tokens)
         media = None if self.media is None else self.media.cut(tokens)
-        return Context(self._engine, self.token_ids[:tokens], forked, self.retention, source=self.source, media=media)
+        with uninterrupted():  # between what is held and its holder
+            forked = self._engine.contexts.fork(holding, tokens)
+            return Context(
+                self._engine, self.token_ids[:tokens], forked, self.retention, source=self.source, media=media
+            )
 
     def __enter__(self) -> Context:
         return self

@@ -12,6 +12,7 @@ from kvloom.cache.retention import Retention
 from kvloom.engine import Engine
 from kvloom.engine.looking import Look, check_look
 from kvloom.errors import CacheMismatch, InvalidRequest, PromptTooLong
+from kvloom.exclusive import uninterrupted
 from kvloom.language_model.calls import UNSET, Calls
 from kvloom.language_model.context import Context, check_context
 from kvloom.language_model.looking import wanted_of
@@ -82,16 +83,17 @@ def run_behind(
     if engine.cache is None:
         logits = _uncached_logits(engine, token_ids, new) if all_logits else torch.empty(0)
         return logits, Context(engine, token_ids, None)
-    logits, held = engine.contexts.compute(
-        token_ids,
-        context=holding,
-        logits_of=new if all_logits else 1,
-        source=whole.source,
-        media=whole.media,
-        retention=settled,
-        look=look,
-    )
-    return logits, Context(engine, token_ids, held, policy, source=whole.source, media=whole.media)
+    with uninterrupted():  # between what is held and its holder
+        logits, held = engine.contexts.compute(
+            token_ids,
+            context=holding,
+            logits_of=new if all_logits else 1,
+            source=whole.source,
+            media=whole.media,
+            retention=settled,
+            look=look,
+        )
+        return logits, Context(engine, token_ids, held, policy, source=whole.source, media=whole.media)
 
 
 def _check_continuation(context: Context | None, new_ids: list[int], start: int | None) -> None:

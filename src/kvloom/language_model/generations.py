@@ -26,7 +26,7 @@ def results_of(request: Request, engine: Engine, tokenizer: Any) -> Hypotheses:
 
 def _generation(request: Request, own: Hypothesis, usage: Usage, engine: Engine, tokenizer: Any) -> Generation:
     token_ids = [*request.prompt_ids, *own.token_ids]
-    holding = request.kept.pop(tuple(token_ids), None)
+    holding = request.kept.get(tuple(token_ids))
     steps = [request.views[step][row] for step, row in enumerate(own.rows)] if request.views else []
     result = Generation(
         text="" if tokenizer is None else decode_new(tokenizer, request.prompt_ids, own.token_ids),
@@ -49,4 +49,5 @@ def _generation(request: Request, own: Hypothesis, usage: Usage, engine: Engine,
     if holding is not None:
         # A context that was asked for keeps the tables itself.
         result.when_dropped(engine.contexts.release_unclaimed, holding)
+        del request.kept[tuple(token_ids)]
     return result

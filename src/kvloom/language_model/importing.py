@@ -7,6 +7,7 @@ from typing import Any
 from kvloom.engine import Engine
 from kvloom.engine.foreign import read_pairs
 from kvloom.errors import InvalidRequest
+from kvloom.exclusive import uninterrupted
 from kvloom.language_model.context import Context
 from kvloom.prompts import read_prompt
 
@@ -25,4 +26,5 @@ def import_cache(engine: Engine, token_ids: Any, past_key_values: Any) -> Contex
             f"the cache holds {pairs[0][0].shape[1]} tokens, and {len(ids)} token ids were passed. Pass the ids of all "
             "tokens that it holds, and of any that follow."
         )
-    return Context(engine, ids, engine.contexts.adopt(ids, pairs))
+    with uninterrupted():  # between what is held and its holder
+        return Context(engine, ids, engine.contexts.adopt(ids, pairs))

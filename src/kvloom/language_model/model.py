@@ -11,6 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 from kvloom.cache.retention import Retention
 from kvloom.engine import Engine
 from kvloom.errors import InvalidRequest
+from kvloom.exclusive import uninterrupted
 from kvloom.language_model.calls import UNSET, Asked, Calls, Unset
 from kvloom.language_model.context import Context
 from kvloom.language_model.extending import extend, run_behind
@@ -291,8 +292,9 @@ class LanguageModel:
             CacheFull: the context does not fit; nothing was loaded.
             InvalidRequest: the context is under a policy that this model cannot honour as it is attached.
         """
-        own = self.engine.contexts.restore(path)
-        return Context(self.engine, own.token_ids, own.holding, own.retention, source=own.source, media=own.media)
+        with uninterrupted():  # between what is held and its holder
+            own = self.engine.contexts.restore(path)
+            return Context(self.engine, own.token_ids, own.holding, own.retention, source=own.source, media=own.media)
 
     def score(
         self,

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from kvloom.exclusive import uninterrupted
 from kvloom.models import Binding, HostedModel
 from kvloom.prompts import Prompt
 
@@ -36,7 +37,7 @@ def _movement(binding: HostedModel, prompt: Prompt, token_ids: list[int]) -> flo
 
 
 def _logits(binding: HostedModel, whole: Tensor, last: int, prompt: Prompt, change: bool) -> Tensor:
-    with _changed_embeddings(binding.model, change):
+    with uninterrupted(), _changed_embeddings(binding.model, change):
         return binding.forward_own(whole, last=last, source=prompt.source, media=prompt.media)[0].double().cpu()
 
 

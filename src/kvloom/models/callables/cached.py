@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from kvloom.attention import Plan
 from kvloom.cache import AnyStore, LayerShape, Store, in_own_dtype
 from kvloom.errors import UnsupportedModel
+from kvloom.exclusive import interruptible
 from kvloom.models.autocast import refuse_autocast
 from kvloom.models.binding import Regime
 from kvloom.models.callables.uncached import CallableBinding
@@ -123,7 +124,8 @@ class CachedCallableBinding(CallableBinding):
     ) -> Tensor:
         """One call for each set of rows of equal lengths; logits in the order of the plan."""
         kept = in_own_dtype(store)
-        return run_dense(plan, self.device, lambda batch: self._run(token_ids[batch.rows], batch, kept))
+        with interruptible():
+            return run_dense(plan, self.device, lambda batch: self._run(token_ids[batch.rows], batch, kept))
 
     def _run(self, token_ids: Tensor, batch: DenseBatch, store: Store) -> Tensor:
         """Logits, float[batch, wanted, vocab], of int64[batch, count] token ids."""

@@ -11,6 +11,7 @@ from kvloom.attention import Plan, View, Wanted
 from kvloom.attention.turn import Turn
 from kvloom.cache import AnyStore, LayerShape
 from kvloom.errors import UnsupportedModel, UnsupportedOption
+from kvloom.exclusive import interruptible
 from kvloom.models.binding import Regime
 from kvloom.models.hosted.positions import Counting
 from kvloom.models.identity import Identity
@@ -105,7 +106,8 @@ class CallableBinding:
         media: Media | None = None,
     ) -> Tensor:
         """Call the function and check the shape of what it returns."""
-        logits = self._function(token_ids)
+        with interruptible():
+            logits = self._function(token_ids)
         expected = (*token_ids.shape, self.vocab_size)
         if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

@@ -23,6 +23,7 @@ from kvloom.attention.native import NativeAttention, kernels_for
 from kvloom.attention.turn import Turn
 from kvloom.cache import AnyStore, CacheLayout, MixedKept
 from kvloom.errors import ModelError, UnsupportedModel
+from kvloom.exclusive import interruptible
 from kvloom.models.binding import Regime
 from kvloom.models.hosted.base import HostedModel
 from kvloom.models.hosted.dissection import DISSECT, Dissection, dissect
@@ -149,7 +150,7 @@ class AttentionInterfaceBinding(HostedModel):
         self, token_ids: Tensor, plan: Plan, store: AnyStore, *, regime: Regime, media: Sequence[Media | None] = ()
     ) -> Tensor:
         """One ragged row [1, tokens] with explicit positions: no padding, no mask, no cache of transformers' own."""
-        with self._lock, self._rotary.fixed(regime):
+        with self._alone(), self._rotary.fixed(regime):
             # The kernels were proven on text, whose positions are one number.
             if (
                 self.native is None
@@ -163,7 +164,8 @@ class AttentionInterfaceBinding(HostedModel):
                 self.forward_by_modules(token_ids, plan, store, regime=regime)
                 plan = replace(plan, views=None)
             if (whole := self.native.whole()) is not None:
-                return whole.forward(token_ids, plan, store, self._turns)
+                with interruptible():
+                    return whole.forward(token_ids, plan, store, self._turns)
             with self.native.layers(plan, store, self._turns):
                 return self.forward_by_modules(token_ids, plan, store, regime=regime)
 
@@ -187,12 +189,13 @@ class AttentionInterfaceBinding(HostedModel):
         inputs_of = self._step_inputs(token_ids, plan, media)
         shown = {} if plan.views is None else asked(Wanted(hidden_states=plan.views.wanted.hidden_states))
         with (
-            self._lock,
+            self._alone(),
             self._rotary.fixed(regime),
             self._packed(),
             inputs_of as inputs,
             self._implementation.set_to(NAME),
             without_traces(self.model) if shown else nullcontext(),
+            interruptible(),
         ):
             output = self.model(
                 **inputs,
@@ -218,10 +221,10 @@ class AttentionInterfaceBinding(HostedModel):
     ) -> Tensor:
         """Whole sequences by the same native operations as on the cache, where all are native; else the model's own."""
         fixed = self.regime(token_ids.shape[1]) if regime is None else regime
-        with self._lock:
+        with self._alone():
             if self.native is None or media is not None or (whole := self.native.whole()) is None:
                 return self.forward_own(token_ids, last=last, regime=fixed, source=source, media=media)
-            with self._rotary.fixed(fixed):
+            with self._rotary.fixed(fixed), interruptible():
                 return whole.forward_uncached(token_ids, last=last)
 
     def _inputs(self, token_ids: Tensor, positions: Tensor) -> dict[str, Any]:
@@ -265,7 +268,12 @@ class AttentionInterfaceBinding(HostedModel):
             logits: Tensor = self.model(input_ids=token_ids[None].to(self.device), use_cache=False, kvloom=seen).logits
             return logits[0]
 
-        with self._lock, self._implementation.set_to(DISSECT), self._rotary.fixed(self.regime(len(token_ids))):
+        with (
+            self._alone(),
+            self._implementation.set_to(DISSECT),
+            self._rotary.fixed(self.regime(len(token_ids))),
+            interruptible(),
+        ):
             return dissect(forward, {call.module: call.shape.reach for call in self.calls}, causal=causal)
 
     def pack(self, *, exclusive: bool) -> None:
@@ -286,7 +294,7 @@ class AttentionInterfaceBinding(HostedModel):
 
     def detach(self) -> None:
         """Put back weights that were given up; else, between two of our forward passes the model is its owner's."""
-        with self._lock:
+        with self._alone():
             self.native = None
             super().detach()
 
@@ -300,16 +308,17 @@ class AttentionInterfaceBinding(HostedModel):
             inputs = {"decoder_input_ids": positions[None] % self.vocab_size, "encoder_outputs": hidden}
         with (
             torch.no_grad(),
-            self._lock,
+            self._alone(),
             self._implementation.set_to(PROBE),
             self._rotary.fixed(self.regime(PROBE_TOKENS)),
+            interruptible(),
         ):
             self.model(**inputs, kvloom=probe)
 
     @torch.no_grad()
     def _forward_turning(self, positions: Tensor, recorded: Recorded) -> Tensor:
         token_ids = torch.full((1, len(positions)), min(1, self.vocab_size - 1), device=self.device)
-        with self._lock, self._implementation.set_to(TURNING), self._packed():
+        with self._alone(), self._implementation.set_to(TURNING), self._packed(), interruptible():
             output = self.model(
                 input_ids=token_ids, position_ids=positions[None].to(self.device), use_cache=False, kvloom=recorded
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,6 +16,7 @@ from kvloom.attention import Plan, View, Wanted
 from kvloom.attention.turn import Turn
 from kvloom.cache import AnyStore, LayerShape
 from kvloom.errors import UnsupportedModel
+from kvloom.exclusive import Exclusive, interruptible
 from kvloom.models.autocast import refuse_autocast
 from kvloom.models.binding import Regime
 from kvloom.models.hosted.implementation import Implementation
@@ -43,6 +43,10 @@ WINDOW_FIELDS = ("sliding_window", "attention_chunk_size", "window_size")
 """Where configs and modules keep how far back attention sees."""
 
 
+STATES_IN_LAYERS = ("linear_attention", "conv", "mamba")
+"""What configs call layers that keep a state instead of keys and values. Some models do not say it in another way."""
+
+
 class HostedModel(ABC):
     """A language model of transformers in evaluation mode, whose weights, config and mode are left as they are.
 
@@ -66,7 +70,7 @@ class HostedModel(ABC):
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self._lock = threading.RLock()
+        self._exclusive = Exclusive()
         self.dtype, self.device = _lies_as(model)
         self.check_ready()
         _refuse_by_config(model)
@@ -201,7 +205,13 @@ class HostedModel(ABC):
         keep = {"logits_to_keep": last or 0} if self._keeps_logits else {}
         fixed = self.regime(token_ids.shape[1]) if regime is None else regime
         inputs_of = self._own_inputs(token_ids.to(self.device), source, media)
-        with self._lock, self._rotary.fixed(fixed), fresh_rotary_deltas(self.model), inputs_of as inputs:
+        with (
+            self._alone(),
+            self._rotary.fixed(fixed),
+            fresh_rotary_deltas(self.model),
+            inputs_of as inputs,
+            interruptible(),
+        ):
             logits: Tensor = self.model(**inputs, use_cache=False, **keep).logits
         return logits if last is None else logits[:, -last:]
 
@@ -212,11 +222,12 @@ class HostedModel(ABC):
         """What the model's own forward shows of whole sequences: the reference of what the cache shows."""
         keep = {"logits_to_keep": 1} if self._keeps_logits else {}
         with (
-            self._lock,
+            self._alone(),
             self._rotary.fixed(self.regime(token_ids.shape[1])),
             fresh_rotary_deltas(self.model),
             self._own_inputs(token_ids.to(self.device), source, media) as inputs,
             self._looked_into(wanted),
+            interruptible(),
         ):
             output = self.model(**inputs, **asked(wanted), **keep, use_cache=False)
         return views_in(output, wanted)
@@ -254,9 +265,13 @@ class HostedModel(ABC):
         """
         assert self.encoder is not None, "only encoder-decoder models read a source"
         cross = [index for index, layer in enumerate(self.layers) if layer.reach.cross]
-        with self._lock, self._packed():
+        with self._alone(), self._packed(), interruptible():
             for layer, keys, values in self.encoder.project(source):
                 store.write_source(cross[layer], slots, keys, values)
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Within the context no other thread runs the model, and signals wait: it is not as its owner left it."""
+        return self._exclusive.turn()
 
     def _packed(self) -> AbstractContextManager[None]:
         """Within the context the linear layers use their packed copies, if there are any."""
@@ -265,7 +280,8 @@ class HostedModel(ABC):
     def pack(self, *, exclusive: bool) -> None:
         """Decode with packed copies of the linear layers; see `PackedLinears` for what `exclusive` does."""
         packing = choose_packing() if self.device.type == "cpu" else None
-        self.packed = PackedLinears(self.model, packing, exclusive=exclusive)
+        with self._alone():
+            self.packed = PackedLinears(self.model, packing, exclusive=exclusive)
 
     def operations(self) -> tuple[Operation, ...]:
         """The linear layers one by one, and the rest."""
@@ -278,7 +294,7 @@ class HostedModel(ABC):
         if self.showing is not None:
             self.showing.features.clear()
         if self.packed is not None:
-            with self._lock:
+            with self._alone():
                 self.packed.restore()
 
     def _find_max_tokens(self) -> int | None:
@@ -313,3 +329,8 @@ def _refuse_by_config(model: PreTrainedModel) -> None:
         raise UnsupportedModel(f"{type(model).__name__} has no language-modelling head, so it gives no logits.")
     if getattr(model, "_is_stateful", False):
         raise UnsupportedModel(f"{type(model).__name__} keeps a recurrent state, which a key/value cache cannot hold.")
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+    if kept := [kind for kind in STATES_IN_LAYERS if kind in kinds]:
+        raise UnsupportedModel(
+            f"{type(model).__name__} keeps a state in layers of `{kept[0]}`, which a key/value cache cannot hold."
+        )

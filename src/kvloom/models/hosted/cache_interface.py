@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from kvloom.attention import Plan, Views
 from kvloom.cache import AnyStore, LayerShape, Reach, Store, in_own_dtype
 from kvloom.errors import KVLoomError, UnsupportedModel
+from kvloom.exclusive import interruptible
 from kvloom.models.binding import Regime
 from kvloom.models.dense.batches import DenseBatch, dense_batches, run_dense, run_order
 from kvloom.models.dense.step_cache import step_cache
@@ -58,10 +59,11 @@ class CacheInterfaceBinding(HostedModel):
     ) -> Tensor:
         """One pass for each set of rows of equal lengths; logits in the order of the plan."""
         kept = in_own_dtype(store)
-        with self._lock, self._rotary.fixed(regime), self._packed():
+        with self._alone(), self._rotary.fixed(regime), self._packed():
             if plan.views is not None:
                 self._show(token_ids, plan, plan.views, kept)
-            return run_dense(plan, self.device, lambda batch: self._run(token_ids, plan, batch, kept))
+            with interruptible():
+                return run_dense(plan, self.device, lambda batch: self._run(token_ids, plan, batch, kept))
 
     def _show(self, token_ids: Tensor, plan: Plan, views: Views, store: Store) -> None:
         """Run a step to be looked at. What it writes is written again, so looking changes nothing."""
@@ -109,7 +111,7 @@ class CacheInterfaceBinding(HostedModel):
         token_ids = torch.arange(PROBE_TOKENS, device=self.device)[None] % self.vocab_size
         trial = _Trial(self.model)
         try:
-            with torch.no_grad(), self._lock, self._rotary.fixed(self.regime(PROBE_TOKENS)), trial.watching():
+            with torch.no_grad(), self._alone(), self._rotary.fixed(self.regime(PROBE_TOKENS)), trial.watching():
                 if self.encoder is None:
                     self.model(input_ids=token_ids, past_key_values=trial.own, use_cache=True)
                 else:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForCausalLM,
@@ -33,9 +33,18 @@ from kvloom.errors import KVLoomError, UnsupportedModel, first_line
 from kvloom.models.hosted.base import HostedModel
 from kvloom.models.hosted.choosing import bind
 
+NUMBERS_MISSING = (DataDependentOutputException, DynamicOutputShapeException)
+"""What operators raise whose course depends on numbers."""
+
 
 class Fakes(FakeTensorMode):
-    """Fake tensors that may meet real ones, which then count for their shape."""
+    """Fake tensors that may meet real ones, which then count for their shape.
+
+    Attributes:
+        building: whether weights are being drawn. Some are drawn anew until none lies too far out; here none does.
+    """
+
+    building = False
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)  # type: ignore[no-untyped-call]
@@ -45,7 +54,12 @@ class Fakes(FakeTensorMode):
         if func is torch.ops.aten._grouped_mm.default and args[0].dim() == 2:
             # PyTorch's rule for mixtures of experts wants bfloat16; its CPU kernel takes other dtypes too.
             return args[0].new_empty(args[0].shape[0], args[1].shape[-1])
-        return super().dispatch(func, types, args, kwargs)
+        try:
+            return super().dispatch(func, types, args, kwargs)
+        except DataDependentOutputException:
+            if self.building and func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+                return False
+            raise
 
 
 @dataclass(frozen=True)
@@ -81,7 +95,9 @@ def build_weightless(config: Any, dtype: torch.dtype) -> Weightless:
     fakes = Fakes()
     try:
         with fakes, torch.no_grad():
+            fakes.building = True
             model = auto_class(config).from_config(config, dtype=dtype).eval()
+            fakes.building = False
             _keep_in_float32(model, dtype)
     except (ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         raise UnsupportedModel(
@@ -96,11 +112,14 @@ def following_shapes(model: nn.Module) -> Iterator[None]:
     """Within the block, a model whose course depends on numbers, which it does not have here, is refused as such."""
     try:
         yield
-    except KVLoomError:
-        raise
     except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(error, KVLoomError) and not isinstance(cause, NUMBERS_MISSING):
+            raise
         raise UnsupportedModel(
-            f"{type(model).__name__} cannot be followed without weights ({type(error).__name__}), so it cannot be "
+            f"{type(model).__name__} cannot be followed without weights ({type(cause).__name__}), so it cannot be "
             "planned from its config. Attaching it may work all the same."
         ) from error
 

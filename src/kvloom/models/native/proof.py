@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kvloom.attention import Plan, build_plan
 from kvloom.cache import AnyStore, CacheLayout, KVCache, Store, in_own_dtype
+from kvloom.exclusive import uninterrupted
 from kvloom.models.binding import Regime
 from kvloom.models.native.decoder import NativeModel
 from kvloom.models.native.recognise import ModelParts, Unrecognised
@@ -76,7 +77,7 @@ def record(binding: Runs, layout: CacheLayout, layers: list[nn.Module]) -> Recor
         extension = cache.extend(work)
         plan = build_plan(cache, extension, logits=[count for _, count in work])
         token_ids = torch.randint(binding.vocab_size, (plan.tokens,), generator=generator)
-        with _recorded(layers) as kept:
+        with uninterrupted(), _recorded(layers) as kept:
             logits = binding.forward_by_modules(token_ids, plan, cache.store, regime=regime)
         cache.commit(extension)
     return Recording(token_ids, plan, in_own_dtype(cache.store), regime, logits=logits, **kept)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvloom.exclusive import interruptible
 from kvloom.models.modules import is_adapter
 from kvloom.models.packing.mapped import Range, drop_pages, mapped_files
 from kvloom.models.packing.packings import Packing, is_right
@@ -161,10 +162,15 @@ class PackedLinears:
         files = mapped_files() if exclusive else []
         self._adapters = {own: outer for outer in model.modules() if is_adapter(outer) for own in outer.modules()}
         # One by one, so that a whole second copy is never in memory.
-        for weight in weights:
-            packed = _pack(weight, packing, files if exclusive and weight.can_be_given_up(packing) else [])
-            if packed is not None:
-                self._take_over(weight, packing, packed, files)
+        try:
+            for weight in weights:
+                with interruptible():
+                    packed = _pack(weight, packing, files if exclusive and weight.can_be_given_up(packing) else [])
+                if packed is not None:
+                    self._take_over(weight, packing, packed, files)
+        except BaseException:
+            self.restore()
+            raise
 
     def _take_over(self, weight: Weight, packing: Packing, packed: Any, files: list[Range]) -> None:
         self.packed_bytes += packing.packed_bytes(weight.parameter)

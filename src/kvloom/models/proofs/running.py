@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvloom.attention import build_plan
 from kvloom.cache import CachedSequence, CacheLayout, KVCache, place_source
+from kvloom.exclusive import uninterrupted
 from kvloom.models.binding import Regime
 from kvloom.models.proofs.provable import CheckedSequence, Provable
 from kvloom.models.proofs.recording import Trace, recorded
@@ -71,7 +72,7 @@ class _Runner:
             name: torch.cat([self._own[index].rows[name][tokens] for index, tokens in new])
             for name in self._own[0].rows
         }
-        with recorded(self._binding, own, self._binding.run_order(plan)) as rows:
+        with uninterrupted(), recorded(self._binding, own, self._binding.run_order(plan)) as rows:
             logits = self._binding.forward(
                 torch.tensor(token_ids, device=self._binding.device),
                 plan,
@@ -100,6 +101,6 @@ class _Runner:
 
 def run_uncached(binding: Provable, sequence: CheckedSequence, checked: list[int], regime: Regime) -> Trace:
     token_ids = torch.tensor([sequence.token_ids], device=binding.device)
-    with recorded(binding) as rows:
+    with uninterrupted(), recorded(binding) as rows:
         logits = binding.forward_own(token_ids, last=None, regime=regime, source=sequence.source, media=sequence.media)
     return Trace(rows, logits[0, checked])

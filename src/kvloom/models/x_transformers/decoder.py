@@ -14,6 +14,7 @@ from torch import Tensor
 from kvloom.attention import build_plan
 from kvloom.cache import CachedSequence, CacheLayout, KVCache, LayerShape, Store, in_own_dtype, place_source
 from kvloom.errors import AttachMismatch, KVLoomError, UnsupportedModel
+from kvloom.exclusive import interruptible
 from kvloom.models.autocast import refuse_autocast
 from kvloom.models.dense.batches import DenseBatch, dense_batches
 from kvloom.models.identity import digest_of_writes
@@ -131,9 +132,10 @@ class DecoderBinding:
         if past is not None and self.source_dim is not None:
             # The decoder wants a context, and projects none of it behind a cache.
             source = embeddings.new_empty((len(embeddings), 0, self.source_dim))
-        outputs, intermediates = self._decoder(
-            embeddings, context=source, cache=past, cache_age=embeddings.shape[1], return_hiddens=True
-        )
+        with interruptible():
+            outputs, intermediates = self._decoder(
+                embeddings, context=source, cache=past, cache_age=embeddings.shape[1], return_hiddens=True
+            )
         for layer, own in zip(self._order, intermediates.attn_intermediates, strict=True):
             if not self.layers[layer].reach.cross:
                 keys, values = (rows_of(states[:, :, batch.past :]) for states in own.cached_kv)

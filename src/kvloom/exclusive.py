@@ -1,0 +1,184 @@
+"""Bookkeeping that nothing comes between: no other thread, no signal, no fork of the process.
+
+Tables, counts and a model that runs with another attention must never be met half changed. What a signal's handler
+raises, Ctrl-C above all, could come between any two lines. Within `uninterrupted` it waits for the end; within
+`interruptible`, which is for what takes long and changes nothing (a forward pass, a processor of the user's), it comes
+at once.
+
+Handlers belong to the process and run in its main thread: what is put off is kept here for all.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+
+from kvloom.errors import ForkedMidway
+
+Handler = Callable[[int, FrameType | None], Any]
+
+WAIT_SECONDS = 0.05
+"""How long a thread waits for another before it looks whether it was interrupted."""
+
+# What Python's functions wrap: they make enumerations of numbers, which takes longer than all the rest of a turn.
+_get_handler: Callable[[int], Any] = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
+_set_handler: Callable[[int, Handler], Any] = getattr(signal.signal, "__wrapped__", signal.signal)
+
+_NUMBERS: tuple[int, ...] = tuple(
+    int(getattr(signal, name))
+    for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGPROF", "SIGVTALRM")
+    if hasattr(signal, name)
+)
+
+
+class _Signals:
+    """The program's handlers, while ours stands in front of them. Used in the main thread alone."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.waiting = False
+        self._handlers: dict[int, Handler] = {}
+        self._came: list[tuple[Handler, int, FrameType | None]] = []
+
+    def stand_in(self) -> None:
+        """Put our handler in front of each that is a function. May be interrupted, and done again."""
+        for number in _NUMBERS:
+            handler = _get_handler(number)
+            if callable(handler) and handler != self._note:
+                self._handlers[number] = handler
+                _set_handler(number, self._note)
+
+    def step_aside(self) -> None:
+        """Put the program's handlers back, but for those that it has set anew meanwhile."""
+        for number, handler in self._handlers.items():
+            if _get_handler(number) == self._note:
+                _set_handler(number, handler)
+
+    def hand_on(self) -> None:
+        """Let the program's handlers have what came, which may raise."""
+        while self._came and not self.waiting:
+            handler, number, frame = self._came.pop(0)
+            handler(number, frame)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._came.append((self._handlers[number], number, frame))
+        self.hand_on()
+
+
+_signals = _Signals()
+
+
+def _in_main_thread() -> bool:
+    return threading.get_ident() == threading.main_thread().ident
+
+
+class uninterrupted:
+    """Within the block what signals raise waits; it comes at the end of the outermost block."""
+
+    def __enter__(self) -> None:
+        self._applies = _in_main_thread()
+        if self._applies:
+            self._waited = _signals.waiting
+            _signals.waiting = True
+            _signals.depth += 1
+            if _signals.depth == 1:
+                try:
+                    _signals.stand_in()
+                except BaseException:
+                    self.__exit__()
+                    raise
+
+    def __exit__(self, *_: object) -> None:
+        if self._applies:
+            _signals.depth -= 1
+            _signals.waiting = self._waited
+            if not _signals.depth:
+                _signals.step_aside()
+            _signals.hand_on()
+
+
+class interruptible:
+    """Within the block, inside one that is uninterrupted, what signals raise comes at once."""
+
+    def __enter__(self) -> None:
+        self._waited = _signals.waiting
+        self._applies = self._waited and _in_main_thread()
+        if self._applies:
+            _signals.waiting = False
+            try:
+                _signals.hand_on()
+            except BaseException:
+                _signals.waiting = True
+                raise
+
+    def __exit__(self, *_: object) -> None:
+        if self._applies:
+            _signals.waiting = True
+
+
+class Exclusive:
+    """Lets one thread at a time in, as often as it wants, and keeps signals out.
+
+    A forked process has one thread, and of those of its parent neither OpenMP's pool nor whoever held the lock: it
+    gets a lock of its own, and computes on one thread, since OpenMP would wait for the others for ever.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._process = os.getpid()
+        self._depth = 0
+
+    @property
+    def turns(self) -> int:
+        """How many turns, one inside the other, the thread that works has taken."""
+        return self._depth
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Work alone; another thread waits. Raises `ForkedMidway` in a process that was forked within a turn."""
+        with uninterrupted():
+            self._take()
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                self._lock.release()
+
+    @contextmanager
+    def turn_if_free(self) -> Iterator[bool]:
+        """The same without waiting: False if another thread works, or this one does already."""
+        with uninterrupted():
+            taken = not self._forked_midway() and self._lock.acquire(blocking=False)
+            try:
+                yield taken and not self._depth
+            finally:
+                if taken:
+                    self._lock.release()
+
+    def _take(self) -> None:
+        if self._forked_midway():
+            raise ForkedMidway(
+                "this process was forked while its parent was decoding, so what it has of model and cache is half "
+                "changed. Fork between two calls, or load the model in the new process."
+            )
+        while not self._lock.acquire(timeout=WAIT_SECONDS):
+            with interruptible():
+                pass
+
+    def _forked_midway(self) -> bool:
+        """Look whether this is another process than before, and make it ready if it can be."""
+        if self._process == os.getpid():
+            return False
+        if self._depth:
+            return True
+        self._lock, self._process = threading.RLock(), os.getpid()
+        torch.set_num_threads(1)
+        return False
