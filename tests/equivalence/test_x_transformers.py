@@ -97,6 +97,7 @@ def test_samples_contexts_and_verify_hold(lm: LanguageModel, prompts: list[list[
         ({"cross_attend": True, "only_cross": True}, {}, "has no self-attention"),
         ({"cross_attend": True, "attn_max_attend_past": 50}, {}, "attn_max_attend_past"),
         ({"cross_attend": True, "attn_use_rel_proj_pos_bias": True}, {}, "attn_use_rel_proj_pos_bias"),
+        ({"cross_attend": True, "sandwich_coef": 2}, {}, "none of its layers attends"),
         ({"attn_sparse_topk": 24}, {}, "cannot be run on its own cache: selected index k"),
         ({}, {"max_mem_len": 8}, "max_mem_len"),
         ({}, {"num_memory_tokens": 2}, "num_memory_tokens"),

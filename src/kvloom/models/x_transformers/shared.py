@@ -55,9 +55,13 @@ def attention_layers(module: Any, intermediates: Any) -> tuple[list[int], tuple[
 
 def source_dim(decoder: Any) -> int:
     """Width of what the first cross-attention of a decoder projects."""
+    return int(next(own for own in _crossing(decoder) if hasattr(own, "to_k")).to_k.in_features)
+
+
+def _crossing(decoder: Any) -> list[nn.Module]:
+    """The modules of all cross-attention layers."""
     kinds = zip(decoder.layers, decoder.layer_types, strict=True)
-    crossing = next(block for (_, block, _), kind in kinds if kind == "c")
-    return int(next(own for own in crossing.modules() if hasattr(own, "to_k")).to_k.in_features)
+    return [module for (_, block, _), kind in kinds if kind == "c" for module in block.modules()]
 
 
 def gathered(
@@ -88,9 +92,7 @@ def refuse_decoder(decoder: Any) -> None:
     """Refuse attention layers whose past is not keys and values of each token."""
     if not decoder.causal:
         raise UnsupportedModel(f"a {type(decoder).__name__} is not causal: its tokens see those after them.")
-    modules = list(decoder.modules())
-    blocks = zip(decoder.layers, decoder.layer_types, strict=True)
-    crossing = [module for (_, block, _), kind in blocks if kind == "c" for module in block.modules()]
+    modules, crossing = list(decoder.modules()), _crossing(decoder)
     shifts = any(is_of(module, "ShiftTokens") for module in modules)
     reasons = {
         "it shifts features from one token to the next (shift_tokens)": shifts,
@@ -102,6 +104,7 @@ def refuse_decoder(decoder: Any) -> None:
         ),
         "its cross-attention measures distances from the end of a pass (attn_max_attend_past, "
         "attn_use_rel_proj_pos_bias)": _any_has(crossing, "max_attend_past") or _any_has(crossing, "rel_proj_pos_bias"),
+        "none of its layers attends to the source that it wants (cross_attend)": decoder.cross_attend and not crossing,
         "it wants a `condition` in each pass": decoder.need_condition,
     }
     refuse(decoder, reasons)
