@@ -354,6 +354,11 @@ def test_a_cache_that_could_not_be_given_back_is_refused_by_name(options: dict[s
     window = tiny_model("mistral")
     with pytest.raises(UnsupportedOption, match="`past_key_values`"):
         kvloom.generate(window, **left_padded(window, 5), past_key_values=DynamicCache())
+    prompt = left_padded(model, 5)
+    whole = model(**prompt, past_key_values=DynamicCache()).past_key_values
+    with pytest.raises(UnsupportedOption, match="of the first tokens of a prompt, and this one holds all 5"):
+        kvloom.generate(model, **prompt, past_key_values=whole)
+    assert whole.get_seq_length() == 5
 
 
 # ---- what is refused --------------------------------------------------------------------------------------------

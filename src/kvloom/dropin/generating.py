@@ -99,10 +99,10 @@ def _decode(
     given, past = take_inputs(lm.binding, inputs, arguments), arguments.pop("past_key_values", None)
     asked = replace(asked, options=_without_model_inputs(arguments, lm))
     options = lm.calls.options(asked)
-    _refuse_looking_inside(options, lm)
     batch = read_inputs(given, options, lm)
     as_dict = _flag("return_dict_in_generate", arguments, asked.generation_config, lm.generation_config)
     options = _counted(options, batch, as_dict)
+    _refuse_looking_inside(options, lm)
     # Without a cache transformers runs, and shows, whole sequences at each step.
     asked = replace(asked, context=begin_with(past, lm, batch, options), every_row=not options.use_cache)
     requests = _requests(lm, batch, asked, options, allowed)

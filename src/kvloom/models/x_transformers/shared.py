@@ -55,7 +55,8 @@ def attention_layers(module: Any, intermediates: Any) -> tuple[list[int], tuple[
 
 def source_dim(decoder: Any) -> int:
     """Width of what the first cross-attention of a decoder projects."""
-    return int(next(own for own in _crossing(decoder) if hasattr(own, "to_k")).to_k.in_features)
+    attention: Any = next(own for own in _crossing(decoder) if hasattr(own, "to_k"))
+    return int(attention.to_k.in_features)
 
 
 def _crossing(decoder: Any) -> list[nn.Module]:
