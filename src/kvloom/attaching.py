@@ -16,7 +16,7 @@ from kvloom.cache.retention import Retention, TopBlocks
 from kvloom.embeddings import EmbeddingModel
 from kvloom.engine import Engine
 from kvloom.engine.retaining import check_policy, settle
-from kvloom.errors import InvalidRequest, UnsupportedModel
+from kvloom.errors import InvalidRequest, KVLoomError, UnsupportedModel
 from kvloom.language_model.model import LanguageModel
 from kvloom.loading import check_tokenizer, load_pretrained
 from kvloom.models import Binding, CachedCallableBinding, CallableBinding, HostedModel, bind
@@ -202,12 +202,27 @@ def _bind(
         _refuse_given("for callables; a model of x-transformers knows its own", **of_callables)
         return bind_wrapper(model)
     if speaks_cache_protocol(model):
-        cached = CachedCallableBinding(model, vocab_size=vocab_size, max_tokens=max_tokens, device=device or "cpu")
-        prove(cached)
-        return cached
+        return _bind_cached(model, vocab_size=vocab_size, max_tokens=max_tokens, device=device or "cpu")
     if vocab_size is None:
         raise InvalidRequest("a callable f(token_ids) -> logits needs `vocab_size`: pass the width of its logits.")
     return CallableBinding(model, vocab_size=vocab_size, max_tokens=max_tokens, device=device or "cpu")
+
+
+def _bind_cached(
+    function: Any, *, vocab_size: int | None, max_tokens: int | None, device: torch.device | str
+) -> CachedCallableBinding:
+    """A callable that speaks the cache protocol, proven; what it raises itself is the reason why it is refused."""
+    try:
+        binding = CachedCallableBinding(function, vocab_size=vocab_size, max_tokens=max_tokens, device=device)
+        prove(binding)
+    except KVLoomError:
+        raise
+    except Exception as error:
+        raise UnsupportedModel(
+            f"the callable cannot be run on the cache: it raised {type(error).__name__}: {error}. Without the argument "
+            "`past_key_values` it is decoded uncached."
+        ) from error
+    return binding
 
 
 def _embedding_model(decoder: Any, settings: _Settings, given: dict[str, Any]) -> EmbeddingModel:

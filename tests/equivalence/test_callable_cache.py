@@ -92,6 +92,24 @@ def test_a_callable_decodes_as_the_model_behind_it(form: str) -> None:
     assert uncached.token_ids == greedy[1].token_ids
 
 
+def test_a_callable_may_write_into_the_past_that_it_is_handed() -> None:
+    model = tiny.tiny_model("llama")
+    protocol = Protocol(model, "pairs")
+
+    def consuming(ids: Tensor, past_key_values: Any = None, use_cache: bool = True) -> Any:
+        out = protocol(ids, past_key_values, use_cache)
+        for keys, values in past_key_values or ():
+            keys.zero_(), values.zero_()
+        return out
+
+    lm = kvloom.attach(consuming)
+    ids = tiny.random_ids(model, tokens=30)
+    expected = kvloom.attach(model).generate(ids, max_new_tokens=8).token_ids
+    context = lm.prefill(ids[:20])
+    for _ in range(2):
+        assert lm.generate(ids[20:], context=context, max_new_tokens=8).token_ids == expected
+
+
 def test_contexts_of_a_callable_are_forked_and_cut() -> None:
     model = tiny.tiny_model("gpt2")
     function = Protocol(model, "pairs")
@@ -139,6 +157,24 @@ def test_a_past_that_cannot_be_read_is_refused() -> None:
 
     with pytest.raises(UnsupportedModel, match="holds 2 tokens where it has read 3"):
         kvloom.attach(windowed)
+
+    def mixed(ids: Tensor, past_key_values: Any = None, use_cache: bool = True) -> Any:
+        out = Protocol(model, "pairs")(ids)
+        out.past_key_values = tuple((keys.double(), values) for keys, values in out.past_key_values)
+        return out
+
+    with pytest.raises(
+        UnsupportedModel, match=r"holds tensors of torch.float32 and torch.float64; the cache keeps one"
+    ):
+        kvloom.attach(mixed)
+
+    def one_row(ids: Tensor, past_key_values: Any = None, use_cache: bool = True) -> Any:
+        if len(ids) > 1:
+            raise ValueError("one row at a time")
+        return Protocol(model, "pairs")(ids, past_key_values)
+
+    with pytest.raises(UnsupportedModel, match="it raised ValueError: one row at a time"):
+        kvloom.attach(one_row)
 
     def no_object(ids: Tensor, past_key_values: Any = None, use_cache: bool = True) -> Tensor:
         return model(ids).logits

@@ -248,6 +248,26 @@ def test_allowed_tokens_are_asked_for_each_prompt(beams: int) -> None:
     assert ours.tolist() == theirs.tolist()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"forced_eos_token_id": 40},
+        {"forced_bos_token_id": 41},
+        {"forced_eos_token_id": 40, "num_beams": 3},
+        {"remove_invalid_values": True, "num_beams": 3},
+        {"remove_invalid_values": True, "forced_eos_token_id": 40},
+    ],
+)
+def test_forced_tokens_come_where_they_are_not_allowed(options: dict[str, Any]) -> None:
+    model = model_named("llama")
+    theirs, ours = both(
+        model, left_padded(model, 1), prefix_allowed_tokens_fn=lambda *_: [11, 12], **options, **DETAILS
+    )
+    assert ours.sequences.tolist() == theirs.sequences.tolist()
+    for step, scores in enumerate(theirs.scores):
+        torch.testing.assert_close(ours.scores[step], scores, atol=TOLERANCE, rtol=TOLERANCE)
+
+
 def test_processors_of_the_caller_run() -> None:
     class Forbids(LogitsProcessor):
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -334,6 +354,11 @@ def test_a_cache_that_could_not_be_given_back_is_refused_by_name(options: dict[s
     window = tiny_model("mistral")
     with pytest.raises(UnsupportedOption, match="`past_key_values`"):
         kvloom.generate(window, **left_padded(window, 5), past_key_values=DynamicCache())
+    prompt = left_padded(model, 5)
+    whole = model(**prompt, past_key_values=DynamicCache()).past_key_values
+    with pytest.raises(UnsupportedOption, match="of the first tokens of a prompt, and this one holds all 5"):
+        kvloom.generate(model, **prompt, past_key_values=whole)
+    assert whole.get_seq_length() == 5
 
 
 # ---- what is refused --------------------------------------------------------------------------------------------

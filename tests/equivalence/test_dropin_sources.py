@@ -134,11 +134,18 @@ def test_what_would_change_the_output_unseen_is_refused() -> None:
     for arguments, name in [
         (begun, "decoder_attention_mask"),
         ({"encoder_outputs": (torch.zeros(2, 6, 48),)}, "encoder_outputs"),
-        ({"output_attentions": True}, "output_attentions"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
         ({"retention": kvloom.SinkWindow()}, "retention"),
     ]:
         with pytest.raises(UnsupportedOption, match=f"`{name}` is not supported"):
             kvloom.generate(model, **good, **arguments)
+
+
+def test_a_checkpoint_that_asks_to_look_inside_is_decoded_where_nothing_can_be_shown() -> None:
+    model = tiny_model("bart")
+    model.generation_config.output_attentions = True
+    ids = torch.tensor([random_ids(model, tokens=6)])
+    assert kvloom.generate(model, ids, max_new_tokens=5).tolist() == model.generate(ids, max_new_tokens=5).tolist()
 
 
 # ---- Whisper -----------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rotary and flash": {"rotary_pos_emb": True, "attn_flash": True},
     "alibi, grouped heads": {"alibi_pos_bias": True, "attn_kv_heads": 2},
     "tied layers": {"weight_tie_layers": True, "rotary_pos_emb": True},
+    "layers in an order of their own": {"layers_execute_order": (2, 3, 0, 1, 0), "rotary_pos_emb": True},
 }
 
 
@@ -94,6 +95,10 @@ def test_samples_contexts_and_verify_hold(lm: LanguageModel, prompts: list[list[
         ({"attn_data_dependent_alibi": True}, {}, "attn_data_dependent_alibi"),
         ({"attn_orthog_projected_values": True}, {}, "differs from the model's own"),
         ({"cross_attend": True, "only_cross": True}, {}, "has no self-attention"),
+        ({"cross_attend": True, "attn_max_attend_past": 50}, {}, "attn_max_attend_past"),
+        ({"cross_attend": True, "attn_use_rel_proj_pos_bias": True}, {}, "attn_use_rel_proj_pos_bias"),
+        ({"cross_attend": True, "sandwich_coef": 2}, {}, "none of its layers attends"),
+        ({"attn_sparse_topk": 24}, {}, "cannot be run on its own cache: selected index k"),
         ({}, {"max_mem_len": 8}, "max_mem_len"),
         ({}, {"num_memory_tokens": 2}, "num_memory_tokens"),
         ({}, {"recycling": True}, "recycling"),
@@ -116,6 +121,7 @@ SOURCED: dict[str, dict[str, Any]] = {
     "alibi, grouped heads": {"alibi_pos_bias": True, "attn_kv_heads": 2},
     "relative positions": {"rel_pos_bias": True},
     "tied layers": {"weight_tie_layers": True, "rotary_pos_emb": True},
+    "a window over its own tokens": {"attn_max_attend_past": 3, "cross_attn_max_attend_past": None},
 }
 BEGUN = [[1, 2, 3], [4], [5, 6, 7, 8]]
 
@@ -326,7 +332,11 @@ def test_a_full_cache_and_changed_weights_are_said_and_leave_everything_as_it_wa
 
 
 def test_decoders_that_cannot_be_cached_and_options_of_language_models_are_refused() -> None:
-    for options, reason in (({"shift_tokens": 1}, "shift_tokens"), ({"attn_orthog_projected_values": True}, "differs")):
+    for options, reason in (
+        ({"shift_tokens": 1}, "shift_tokens"),
+        ({"attn_orthog_projected_values": True}, "differs"),
+        ({"cross_attend": True, "attn_max_attend_past": 50}, "attn_max_attend_past"),
+    ):
         with pytest.raises(UnsupportedModel, match=reason):
             kvloom.attach(decoder(**options))
     with pytest.raises(UnsupportedModel, match="not causal"):

@@ -28,7 +28,7 @@ from kvloom.decoding.base import (
 )
 from kvloom.decoding.beam import BeamSearch
 from kvloom.decoding.beam_state import BeamRules
-from kvloom.decoding.logits import PresencePenalty, Processor, make_processors
+from kvloom.decoding.logits import Allowed, PresencePenalty, Processor, make_processors
 from kvloom.decoding.options import Lengths, Options, resolve
 from kvloom.decoding.randomness import fresh_seed, sample_seed
 from kvloom.decoding.sampling import GreedyOrSampling
@@ -39,6 +39,7 @@ from kvloom.errors import EmptyPrompt, InvalidRequest
 from kvloom.native import native
 
 __all__ = [
+    "Allowed",
     "BeamSearch",
     "Decoder",
     "FinishReason",
@@ -67,6 +68,7 @@ def make_decoder(
     logits_processor: Iterable[Processor] | None = None,
     stopping_criteria: Iterable[Criterion] | None = None,
     encoder_ids: list[int] | None = None,
+    allowed: Allowed | None = None,
 ) -> GreedyOrSampling | BeamSearch:
     """The decoder of one request: greedy, sampling, beam search or beam sampling, as `options` say.
 
@@ -75,6 +77,7 @@ def make_decoder(
         tokenizer: needed for stop strings only.
         logits_processor, stopping_criteria: the caller's own, merged as transformers merges them.
         encoder_ids: an encoder-decoder model's encoder input, for the two `encoder_*` options.
+        allowed: of a sequence so far, the tokens that may come next.
 
     Raises:
         InvalidRequest: the options do not fit this prompt, vocabulary or tokenizer.
@@ -83,7 +86,7 @@ def make_decoder(
         raise EmptyPrompt("the prompt holds no tokens. A prompt of the BOS token alone is enough.")
     device = torch.device(device)
     processors = make_processors(
-        options, prompt_ids=prompt_ids, device=device, custom=logits_processor, encoder_ids=encoder_ids
+        options, prompt_ids=prompt_ids, device=device, custom=logits_processor, encoder_ids=encoder_ids, allowed=allowed
     )
     stopping = make_stopping(
         options, prompt_tokens=len(prompt_ids), device=device, tokenizer=tokenizer, custom=stopping_criteria

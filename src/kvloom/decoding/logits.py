@@ -19,6 +19,9 @@ from kvloom.native.draw import Limits
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 
+Allowed = Callable[[Tensor], list[int]]
+"""Of a sequence, int64[tokens], the token ids that may follow it."""
+
 
 class PresencePenalty:
     """Subtracts `penalty` once from each token that was already generated; the prompt does not count.
@@ -44,6 +47,7 @@ def make_processors(
     device: torch.device,
     custom: Iterable[Processor] | None = None,
     encoder_ids: list[int] | None = None,
+    allowed: Allowed | None = None,
 ) -> hf.LogitsProcessorList:
     """The processors of one request, ready to be called with `(int64[rows, length], float[rows, vocab])`.
 
@@ -52,11 +56,13 @@ def make_processors(
         custom: the caller's processors. One of a type that the options also ask for takes its place;
             the others run after it and before temperature and its like, as in transformers.
         encoder_ids: what an encoder read; a decoder-only model's encoder input is its prompt.
+        allowed: the tokens that may come next. What the options force comes even where it is not among them.
     """
     _require_processors(custom)
     built = [
         *_penalties(options, prompt_ids, encoder_ids or prompt_ids, device),
         *_length_rules(options, len(prompt_ids), device),
+        *([] if allowed is None else [_only(allowed)]),
         *_forcing(options, len(prompt_ids), device),
     ]
     merged = [*merge(built, custom or ()), *(_warpers(options, device) if options.do_sample else ())]
@@ -133,6 +139,11 @@ def _length_rules(options: Options, prompt_tokens: int, device: torch.device) ->
         yield hf.MinLengthLogitsProcessor(minimum, eos, device=str(device))
     if options.min_new_tokens:
         yield hf.MinNewTokensLengthLogitsProcessor(prompt_tokens, options.min_new_tokens, eos, device=str(device))
+
+
+def _only(allowed: Allowed) -> Processor:
+    constraint: Processor = hf.PrefixConstrainedLogitsProcessor(lambda _, token_ids: allowed(token_ids), num_beams=1)
+    return constraint
 
 
 def _forcing(options: Options, prompt_tokens: int, device: torch.device) -> Iterator[Processor]:

@@ -19,7 +19,7 @@ from kvloom.dropin.inside import shown_by
 from kvloom.dropin.outputs import Output, output_of, sequences_of
 from kvloom.dropin.padding import Batch
 from kvloom.dropin.past import begin_with, carried_on
-from kvloom.dropin.processors import constrained, seeing_padding
+from kvloom.dropin.processors import seeing_padding
 from kvloom.dropin.remembering import language_model
 from kvloom.dropin.transcribing import transcribe, transcribes
 from kvloom.engine import Request
@@ -60,7 +60,7 @@ def generate(
         generation_config, logits_processor, stopping_criteria, kwargs: those of `model.generate`. Processors and
             criteria see the rows of one prompt at a time, without padding.
         prefix_allowed_tokens_fn: called with the index of the prompt and its tokens so far; returns the ids allowed
-            next. Runs behind the processors that the options ask for.
+            next.
         streamer: gets the prompt, each token and the end; for a single sequence.
 
     Whisper transcribes recordings of any length: its own `generate` runs, with its arguments (`language`, `task`,
@@ -99,10 +99,10 @@ def _decode(
     given, past = take_inputs(lm.binding, inputs, arguments), arguments.pop("past_key_values", None)
     asked = replace(asked, options=_without_model_inputs(arguments, lm))
     options = lm.calls.options(asked)
-    _refuse_looking_inside(options, lm)
     batch = read_inputs(given, options, lm)
     as_dict = _flag("return_dict_in_generate", arguments, asked.generation_config, lm.generation_config)
     options = _counted(options, batch, as_dict)
+    _refuse_looking_inside(options, lm)
     # Without a cache transformers runs, and shows, whole sequences at each step.
     asked = replace(asked, context=begin_with(past, lm, batch, options), every_row=not options.use_cache)
     requests = _requests(lm, batch, asked, options, allowed)
@@ -179,12 +179,10 @@ def _requests(
         if prompt.source is not None and len(padding):
             # What a decoder's processors count, such as Whisper's, they count from the start of the padded row.
             processors = [seeing_padding(own, padding) for own in processors]
-        if allowed is not None:
-            processors.append(constrained(partial(allowed, index)))
         seed = int(torch.randint(2**32, ())) if options.do_sample else None
         # A context that the call begins with holds the whole prompt.
         new = prompt if asked.context is None else None
-        own = replace(asked, logits_processor=processors)
+        own = replace(asked, logits_processor=processors, allowed=None if allowed is None else partial(allowed, index))
         requests += lm.calls.requests(new, own, replace(options, seed=seed))[0]
     return requests
 

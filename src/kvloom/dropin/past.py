@@ -31,7 +31,12 @@ def begin_with(past: Any, lm: LanguageModel, batch: Batch, options: Options) -> 
         _refuse("of models without sliding windows")
     if isinstance(past, DynamicCache) and past.get_seq_length() == 0:
         return None
-    return lm.import_cache(first.token_ids, past)
+    context = lm.import_cache(first.token_ids, past)
+    if context.cached_tokens == len(first.token_ids):
+        # transformers then runs the whole prompt again, behind itself.
+        context.close()
+        _refuse(f"of the first tokens of a prompt, and this one holds all {len(first.token_ids)}")
+    return context
 
 
 def carried_on(past: Any, context: Context) -> DynamicCache:

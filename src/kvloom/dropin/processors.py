@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, PrefixConstrainedLogitsProcessor
-
-
-def constrained(allowed: Callable[[Tensor], list[int]]) -> Any:
-    """Lets pass what a function of a sequence's tokens allows."""
-    return PrefixConstrainedLogitsProcessor(lambda _, token_ids: allowed(token_ids), num_beams=1)
+from transformers import LogitsProcessor
 
 
 def seeing_padding(processor: Any, padding: Tensor) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from kvloom.cache.retention import Retention
-from kvloom.decoding import Options, make_decoder, resolve
+from kvloom.decoding import Allowed, Options, make_decoder, resolve
 from kvloom.engine import Engine, Request
 from kvloom.engine.admission import check_length
 from kvloom.engine.looking import check_look
@@ -46,7 +46,8 @@ UNSET = Unset()
 class Asked:
     """The arguments of one call, as they were passed.
 
-    `every_row` is for those who look inside without a cache; see `Wanted`.
+    `every_row` is for those who look inside without a cache; see `Wanted`. `allowed` is transformers'
+    `prefix_allowed_tokens_fn` for one prompt.
     """
 
     context: Context | None
@@ -57,6 +58,7 @@ class Asked:
     retention: Retention | Unset | None = UNSET
     decoder_input_ids: Any = None
     every_row: bool = False
+    allowed: Allowed | None = None
 
 
 class Calls:
@@ -234,6 +236,7 @@ class Calls:
             logits_processor=asked.logits_processor,
             stopping_criteria=asked.stopping_criteria,
             encoder_ids=_encoder_ids(prompt, options),
+            allowed=asked.allowed,
         )
         return Request(
             prompt_ids=prompt_ids,

@@ -86,6 +86,12 @@ class CachedCallableBinding(CallableBinding):
         self._hands_out_a_cache = isinstance(past, Cache)
         self._form = _form(past)
         pairs = _pairs(past, tokens=TRIAL_TOKENS)
+        dtypes = sorted({str(tensor.dtype) for pair in pairs for tensor in pair})
+        if len(dtypes) > 1:
+            raise UnsupportedModel(
+                f"the callable's `past_key_values` holds tensors of {' and '.join(dtypes)}; the cache keeps one dtype "
+                "for all keys and values."
+            )
         self.calls: tuple[AttentionCall, ...] = ()
         self.layers = tuple(
             LayerShape(kv_heads=keys.shape[1], key_dim=keys.shape[3], value_dim=values.shape[3])
@@ -140,12 +146,18 @@ class CachedCallableBinding(CallableBinding):
         return logits
 
     def _past(self, batch: DenseBatch, store: Store) -> Any:
-        """What came before, in the callable's own form; None at the beginning."""
+        """What came before, in the callable's own form; None at the beginning.
+
+        Nothing of it is the store's own: in a loop of its own nobody reads a past again, so a callable may write there.
+        """
         if not batch.past:
             return None
         slots = batch.read_slots
         before = slice(slots.start, slots.start + batch.past) if isinstance(slots, slice) else slots[:, : batch.past]
-        return self._form(tuple(store.gather(layer, before) for layer in range(len(self.layers))))
+        pairs = [store.gather(layer, before) for layer in range(len(self.layers))]
+        if isinstance(before, slice):
+            pairs = [(keys.clone(), values.clone()) for keys, values in pairs]
+        return self._form(tuple(pairs))
 
     def _take(self, past: Any, batch: DenseBatch, store: Store) -> None:
         """Put the keys and values of the new tokens into the store."""

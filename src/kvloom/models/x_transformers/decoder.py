@@ -23,14 +23,15 @@ from kvloom.models.x_transformers.shared import (
     attention_layers,
     gathered,
     layer_cache,
+    reason_of,
     refuse_decoder,
     rows_of,
     source_dim,
 )
 
 TRIAL_TOKENS, TRIAL_SOURCE_TOKENS = 3, 5
-CHECK_ROWS, CHECK_SOURCE_TOKENS = 2, 6
-CHECK_CHUNKS = (5, 1, 4, 1, 1)
+CHECK_ROWS, CHECK_SOURCE_TOKENS = 2, 13
+CHECK_CHUNKS = (5, 1, 30, 1, 1)
 BLOCK_TOKENS = 4
 
 
@@ -62,7 +63,9 @@ class DecoderBinding:
         except KVLoomError:
             raise
         except Exception as error:
-            raise UnsupportedModel(f"this {type(decoder).__name__} cannot be run on its own cache: {error}") from error
+            raise UnsupportedModel(
+                f"this {type(decoder).__name__} cannot be run on its own cache: {reason_of(error)}"
+            ) from error
 
     def check_ready(self) -> None:
         """Refuse autocast, training mode, and a decoder that was moved since it was attached."""

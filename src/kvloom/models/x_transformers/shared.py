@@ -55,9 +55,14 @@ def attention_layers(module: Any, intermediates: Any) -> tuple[list[int], tuple[
 
 def source_dim(decoder: Any) -> int:
     """Width of what the first cross-attention of a decoder projects."""
+    attention: Any = next(own for own in _crossing(decoder) if hasattr(own, "to_k"))
+    return int(attention.to_k.in_features)
+
+
+def _crossing(decoder: Any) -> list[nn.Module]:
+    """The modules of all cross-attention layers."""
     kinds = zip(decoder.layers, decoder.layer_types, strict=True)
-    crossing = next(block for (_, block, _), kind in kinds if kind == "c")
-    return int(next(own for own in crossing.modules() if hasattr(own, "to_k")).to_k.in_features)
+    return [module for (_, block, _), kind in kinds if kind == "c" for module in block.modules()]
 
 
 def gathered(
@@ -88,7 +93,7 @@ def refuse_decoder(decoder: Any) -> None:
     """Refuse attention layers whose past is not keys and values of each token."""
     if not decoder.causal:
         raise UnsupportedModel(f"a {type(decoder).__name__} is not causal: its tokens see those after them.")
-    modules = list(decoder.modules())
+    modules, crossing = list(decoder.modules()), _crossing(decoder)
     shifts = any(is_of(module, "ShiftTokens") for module in modules)
     reasons = {
         "it shifts features from one token to the next (shift_tokens)": shifts,
@@ -98,9 +103,23 @@ def refuse_decoder(decoder: Any) -> None:
         "its bias sums over all inputs before a token, of which the cache holds none (attn_data_dependent_alibi)": (
             _any_has(modules, "data_dependent_alibi")
         ),
+        "its cross-attention measures distances from the end of a pass (attn_max_attend_past, "
+        "attn_use_rel_proj_pos_bias)": _any_has(crossing, "max_attend_past") or _any_has(crossing, "rel_proj_pos_bias"),
+        "none of its layers attends to the source that it wants (cross_attend)": decoder.cross_attend and not crossing,
         "it wants a `condition` in each pass": decoder.need_condition,
     }
     refuse(decoder, reasons)
+
+
+def running_attentions(decoder: Any) -> list[nn.Module]:
+    """The attention modules in the order of a forward pass, one that runs several times as often."""
+    blocks = (decoder.layers[index][1] for index in decoder.layers_execute_order)
+    return [own for block in blocks for own in block.modules() if is_of(own, "Attention")]
+
+
+def reason_of(error: Exception) -> str:
+    """What an error of the package says; many of its assertions say nothing."""
+    return str(error) or f"{type(error).__name__} in its own code."
 
 
 def refuse(model: Any, reasons: dict[str, bool]) -> None:

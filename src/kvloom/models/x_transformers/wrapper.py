@@ -24,9 +24,11 @@ from kvloom.models.x_transformers.shared import (
     gathered,
     is_of,
     layer_cache,
+    reason_of,
     refuse,
     refuse_decoder,
     rows_of,
+    running_attentions,
     source_dim,
 )
 
@@ -53,7 +55,9 @@ def bind_wrapper(wrapper: Any) -> CachedCallableBinding:
     except KVLoomError:
         raise
     except Exception as error:
-        raise UnsupportedModel(f"this {type(wrapper).__name__} cannot be run on its own cache: {error}") from error
+        raise UnsupportedModel(
+            f"this {type(wrapper).__name__} cannot be run on its own cache: {reason_of(error)}"
+        ) from error
     return binding
 
 
@@ -151,8 +155,9 @@ class SourcedBinding(CachedCallableBinding):
 
 
 def _calls(wrapper: Any, layers: Sequence[LayerShape]) -> tuple[AttentionCall, ...]:
-    """The attention modules; none if one runs more than once in a pass, and then only logits are compared."""
-    attentions = [(name, own) for name, own in wrapper.named_modules() if is_of(own, "Attention")]
+    """The attention modules in the order in which they run; none if it is not known, and then logits are compared."""
+    names = {own: name for name, own in wrapper.named_modules()}
+    attentions = [(names[own], own) for own in running_attentions(wrapper.attn_layers)]
     if len(attentions) != len(layers):
         return ()
     return tuple(AttentionCall(own, name, shape) for (name, own), shape in zip(attentions, layers, strict=True))
