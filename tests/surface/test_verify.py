@@ -221,7 +221,7 @@ def test_attention_that_misses_the_last_block_fails(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(torch_ops, "attend", short_sighted)
     monkeypatch.setattr(
-        NativeAttention, "attend", lambda _, *arguments, **options: short_sighted(*arguments, **options)
+        NativeAttention, "attend", lambda _, *arguments, bounds, **options: short_sighted(*arguments, **options)
     )
     report = lm.verify()
     assert not report.ok

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvloom.attention import Plan, build_plan, reference
-from kvloom.attention.native import NativeAttention, sealed_facts
+from kvloom.attention.native import NativeAttention, bounds_facts, sealed_facts
 from kvloom.cache import CacheLayout, Codec, Int8Store, KVCache, LayerShape, MixedKept, Sealed, Store
 from kvloom.cache.codec import encode_keys, encode_values
 from kvloom.native.layers import (
@@ -100,8 +100,9 @@ class Pass:
     ) -> None:
         self.layer, self.dtype = layer, dtype
         shape = LayerShape(kv_heads=layer.kv_heads, key_dim=layer.dim, value_dim=layer.dim)
-        layout = CacheLayout(layers=(shape,), dtype=dtype, block_tokens=4, codec=codec)
+        layout = CacheLayout(layers=(shape,), dtype=dtype, block_tokens=4, codec=codec, block_bounds=True)
         self.cache = KVCache(layout, budget_bytes=layout.budget_for(16), device=torch.device("cpu"))
+        self.bounds = self.cache.store.bounds[0].zero_()
         generator = torch.Generator().manual_seed(1)
         for kept in (self.natives.keys[0], self.natives.values[0]):
             kept.copy_(torch.randn(kept.shape, generator=generator))
@@ -160,7 +161,7 @@ class Pass:
         memory = layers.scratch.memory(wanted)
         steps = [GroupStep(group.writes, schedule.numbers.ctypes.data)]
         facts = [sealed_facts(*self.sealed)] if self.sealed else []
-        kept = layers.keys_values(self.natives.keys, self.natives.values, facts)
+        kept = layers.keys_values(self.natives.keys, self.natives.values, facts, [bounds_facts(self.bounds, 4)])
         layers.run(kept, self.factors, steps, memory, rows=rows, first=0, count=1)
         return layers.scratch["hidden"][:rows].clone()
 
@@ -207,6 +208,31 @@ def test_a_layer_seals_the_keys_and_values_that_it_keeps_where_nothing_is_sealed
         assert torch.equal(sealed.codes, before[index])
         opened[index][:, landing.open_slots] = new[index][:, landing.open_rows]
         assert torch.equal((one.natives.keys, one.natives.values)[index][0], opened[index])
+
+
+@every_target
+@settings(max_examples=10, deadline=None)
+@given(
+    shape=SHAPES,
+    dtype=st.sampled_from(list(TOLERANCE)),
+    codec=st.sampled_from(["native", "int8"]),
+    past=st.integers(1, 12),
+)
+def test_a_layer_notes_the_bounds_of_the_blocks_that_it_fills_and_of_no_others(
+    target: str, shape: Shape, dtype: torch.dtype, codec: Codec, past: int
+) -> None:
+    """Of the keys that are read: under int8 of those that codes stand for."""
+    assume(dtype in load(target).dtypes)
+    one = Pass(random_layer(shape, dtype, seed=3), dtype, codec, past)
+    one.by_kernels(target)
+    expected = torch.zeros_like(one.bounds)
+    for source in one.plan.groups[0].sources:
+        for block, _, count, first in source.runs.tolist():
+            if count == 4 and first + count > source.first_position:
+                slots = torch.arange(4 * block, 4 * block + 4)
+                keys = one.sealed[0].read(slots, dtype) if one.sealed else one.natives.keys[0][:, slots]
+                expected[0, :, block], expected[1, :, block] = keys.amin(dim=1), keys.amax(dim=1)
+    assert torch.equal(one.bounds, expected)
 
 
 @every_target

@@ -38,8 +38,8 @@ class NativeAttention:
         self._attend = library.function(
             "kvloom_attend",
             *(ctypes.c_int, ctypes.c_void_p, *shape),
-            *(*tensor, ctypes.c_int64, *tensor, *tensor, ctypes.c_void_p),
-            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_float),
+            *(*tensor, ctypes.c_int64, *tensor, *tensor),
+            *(*(ctypes.c_void_p,) * 5, ctypes.c_float, ctypes.c_float),
             *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int),
         )
         self._bytes = library.function(
@@ -59,8 +59,13 @@ class NativeAttention:
         softcap: float | None = None,
         sinks: Tensor | None = None,
         turn: Turn | None = None,
+        bounds: Tensor | None = None,
     ) -> Tensor:
-        """The same as `reference.attend`; see there for shapes."""
+        """The same as `reference.attend`, see there for shapes; and adds what the plan wants observed.
+
+        Args:
+            bounds: as of `torch_ops.attend`.
+        """
         sealed: npt.NDArray[np.int64] | None = None
         if isinstance(keys, MixedKept):
             assert isinstance(values, MixedKept), "keys and values are kept alike"
@@ -76,6 +81,7 @@ class NativeAttention:
         if sinks is not None:
             sinks = sinks.float().contiguous()
         schedule = self.schedule(plan, max(1, SET_ROWS // group))
+        bounded = np.array(bounds_facts(bounds, plan.block_tokens)) if bounds is not None and plan.chooses else None
         output = queries.new_empty(tokens, heads, value_dim)
         threads = torch.get_num_threads()
         what = (DTYPES[queries.dtype], schedule.numbers.ctypes.data, kv_heads, group, key_dim, value_dim)
@@ -85,7 +91,9 @@ class NativeAttention:
             *(keys.data_ptr(), keys.stride(0)),
             *(values.data_ptr(), values.stride(0)),
             None if sealed is None else sealed.ctypes.data,
-            *(None if sinks is None else sinks.data_ptr(), self.turn(schedule, turn), scale, softcap or 0.0),
+            *(None if sinks is None else sinks.data_ptr(), self.turn(schedule, turn)),
+            *(None if bounded is None else bounded.ctypes.data, plan.observed),
+            *(scale, softcap or 0.0),
             *(output.data_ptr(), schedule.reserve(self._bytes(*what, threads)), threads),
         )
         return output
@@ -124,6 +132,11 @@ def sealed_facts(*kept: Sealed) -> list[int]:
     return facts
 
 
+def bounds_facts(bounds: Tensor, block_tokens: int) -> list[int]:
+    """The fields of `struct Bounds`, there too, of a layer's [2, kv_heads, blocks, key_dim]."""
+    return [bounds.data_ptr(), bounds.shape[2], block_tokens]
+
+
 @cache
 def kernels(library: Library) -> NativeAttention:
     """The kernels of a library, bound once."""
@@ -147,8 +160,10 @@ def attend(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     turn: Turn | None = None,
+    bounds: Tensor | None = None,
 ) -> Tensor:
-    """The same as `reference.attend`, by this process's native library, which must be there."""
+    """The same as `torch_ops.attend`, by this process's native library, which must be there."""
     library = native()
     assert isinstance(library, Library), "whoever calls has seen that the kernels are there"
-    return kernels(library).attend(queries, keys, values, plan, scale=scale, softcap=softcap, sinks=sinks, turn=turn)
+    own = kernels(library)
+    return own.attend(queries, keys, values, plan, scale=scale, softcap=softcap, sinks=sinks, turn=turn, bounds=bounds)

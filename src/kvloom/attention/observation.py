@@ -1,10 +1,13 @@
 """What retention policies want to know of a step: how much attention each held token received.
 
-It is measured beside the attention itself (`weights`). A step that nobody observes pays nothing.
+The native kernels add it up behind attention itself (`native/src/observe.h`); elsewhere it is measured beside it
+(`weights`). A step that nobody observes pays nothing.
 """
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kvloom.attention.source import Source
 from kvloom.attention.weights import Weights
+from kvloom.blocks.table import COUNT, FIRST
 from kvloom.cache import MixedKept
 
 if TYPE_CHECKING:
@@ -20,6 +25,50 @@ if TYPE_CHECKING:
 
 SCORES_BYTES = 2 << 20
 """The most that the float32 scores of some queries take at once."""
+
+
+class _Observed(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("sources", "runs", "masses")),
+        ("count", ctypes.c_int64),
+    )
+
+
+class NativeMasses:
+    """The masses of a step's observed sources, as the native kernels add to them.
+
+    Args:
+        sources, counts: of the plan, and how many of the last queries of each are observed.
+    """
+
+    def __init__(self, sources: Sequence[Source], counts: Sequence[int]) -> None:
+        seen: list[tuple[int, ...]] = []
+        runs: list[npt.NDArray[np.int64]] = []
+        places, self._held = 0, dict[int, slice]()
+        for index, (source, count) in enumerate(zip(sources, counts, strict=True)):
+            if not count:
+                continue
+            _check(source)
+            end_row = source.first_row + source.count
+            seen.append((end_row - count, end_row, sum(map(len, runs)), len(source.runs)))
+            held = source.runs[:, COUNT].astype(np.int64)
+            ends = places + held.cumsum()
+            runs.append(np.stack([source.runs[:, FIRST], held, ends - held], axis=1))
+            self._held[index] = slice(places, places := int(ends[-1]))
+        self._sources = np.array(seen, dtype=np.int64)
+        self._runs = np.concatenate(runs, dtype=np.int64)
+        self._masses = np.zeros(places, dtype=np.float32)
+        addresses = (own.ctypes.data for own in (self._sources, self._runs, self._masses))
+        self._arguments = _Observed(*addresses, len(seen))
+
+    @property
+    def address(self) -> int:
+        """Of `struct Observed` in `native/src/attention.h`."""
+        return ctypes.addressof(self._arguments)
+
+    def of(self, index: int) -> npt.NDArray[np.float32]:
+        """float32[held], what the tokens of an observed source have received."""
+        return self._masses[self._held[index]]
 
 
 class Observation:
@@ -32,10 +81,19 @@ class Observation:
     def __init__(self, counts: tuple[int, ...]) -> None:
         self.counts = counts
         self._masses: list[Tensor | None] = [None] * len(counts)
+        self._native: NativeMasses | None = None
 
     def masses(self) -> list[npt.NDArray[np.float32] | None]:
         """For each source float32[held], summed over its observed queries, heads and layers; None if unobserved."""
+        if self._native is not None:
+            return [self._native.of(index) if count else None for index, count in enumerate(self.counts)]
         return [None if mass is None else mass.cpu().numpy() for mass in self._masses]
+
+    def native(self, sources: Sequence[Source]) -> int:
+        """The address of what the native kernels add the masses of a plan's sources to, in every layer."""
+        if self._native is None:
+            self._native = NativeMasses(sources, self.counts)
+        return self._native.address
 
     def add(
         self,
@@ -51,11 +109,15 @@ class Observation:
         for index, (source, count) in enumerate(zip(plan.sources, self.counts, strict=True)):
             if not count:
                 continue
-            assert source.sight is None, "policies that observe see all that they hold"
+            _check(source)
             weights = Weights(queries, keys, plan, source, scale=scale, softcap=softcap, sinks=sinks)
             mass = _mass(weights, source.count - count, source.count, heads=queries.shape[1])
             before = self._masses[index]
             self._masses[index] = mass if before is None else before + mass
+
+
+def _check(source: Source) -> None:
+    assert source.sight is None and not source.chooses, "policies that observe see, and read, all that they hold"
 
 
 def _mass(weights: Weights, first: int, end: int, *, heads: int) -> Tensor:

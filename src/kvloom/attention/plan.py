@@ -8,7 +8,7 @@ PyTorch's operators, a schedule for the native kernels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 
@@ -57,6 +57,11 @@ class GroupPlan:
         return builder(self.reach, self.block_tokens, self.writes.device).build(self.sources)
 
     @property
+    def observed(self) -> int | None:
+        """The address of what the native kernels add attention masses to; None if nothing is observed."""
+        return None if self.observation is None else self.observation.native(self.sources)
+
+    @property
     def whole(self) -> bool:
         """Whether the only span covers all rows in order, so that nothing needs merging."""
         return len(self.spans) == 1 and self.spans[0].rows == slice(0, sum(own.count for own in self.sources))
@@ -87,6 +92,11 @@ class Plan:
     def tokens(self) -> int:
         """Length of the ragged row."""
         return int(self.positions.shape[0])
+
+    @property
+    def unobserved(self) -> Plan:
+        """The same step, of which policies want to know nothing."""
+        return replace(self, groups=tuple(replace(group, observation=None) for group in self.groups))
 
 
 def build_plan(

@@ -23,7 +23,7 @@ from kvloom.cache.retention.sight import Stretch
 from kvloom.native import Library
 
 BLOCK_POSITIONS = 64
-HEADER, SET, TOKEN, STRIDE = 8, 4, 5, 6
+HEADER, SET, TOKEN, STRIDE, CHOICE = 11, 4, 5, 6, 5
 """How many numbers each of these takes in `native/src/schedule.h`."""
 
 
@@ -105,7 +105,7 @@ class Scheduler:
         own = _own_blocks(sources) if sealed else [(0, 0, 0)] * len(sources)
         facts = np.array(
             [
-                (len(s.runs), s.first_row, s.first_position, s.count, *o, *_sight(s))
+                (len(s.runs), s.first_row, s.first_position, s.count, *o, *_sight(s), _limit(s))
                 for s, o in zip(sources, own, strict=True)
             ],
             dtype=np.int64,
@@ -145,11 +145,20 @@ def _most_numbers(sources: Sequence[Source], set_tokens: int, kinds: int) -> int
         sets = source.count // set_tokens + 2
         turns = 2 * source.count * len(stretches)
         most += blocks * BLOCK_POSITIONS + sets * (SET + blocks * STRIDE) + source.count * TOKEN + turns
+        if (limit := _limit(source)) >= 0:
+            chosen = limit // BLOCK_POSITIONS + 1
+            most += blocks * BLOCK_POSITIONS + len(source.runs)
+            most += source.count * (SET + CHOICE + (chosen + blocks) * STRIDE)
     return most
 
 
+def _limit(source: Source) -> int:
+    """How much each of its new tokens may read, where it must choose; -1 if it reads all that it sees."""
+    return source.read_tokens if source.read_tokens is not None and source.chooses else -1
+
+
 def _sight(source: Source) -> tuple[int, ...]:
-    """The last numbers of `struct Source` in `native/src/reader.h`."""
+    """Numbers of `struct Source` in `native/src/reader.h`."""
     if source.sight is None or not source.hides:
         return 0, 0, 0, 0, 0
     own = source.sight

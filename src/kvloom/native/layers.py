@@ -44,7 +44,12 @@ class _Layer(ctypes.Structure):
 
 
 class _KeysValues(ctypes.Structure):
-    _fields_ = (("keys", c_void_p), ("values", c_void_p), ("stride", c_int64), ("sealed", c_int64 * 10))
+    _fields_ = (
+        *((name, c_void_p) for name in ("keys", "values")),
+        ("stride", c_int64),
+        ("sealed", c_int64 * 10),
+        ("bounds", c_int64 * 3),
+    )
 
 
 LANDING = ("earlier_slots", "filled_blocks", "filled_from", "open_rows", "open_slots")
@@ -57,7 +62,11 @@ class _Landing(ctypes.Structure):
 
 
 class _Group(ctypes.Structure):
-    _fields_ = (("slots", c_void_p), ("landing", _Landing), ("schedule", c_void_p), ("turn", c_void_p))
+    _fields_ = (
+        ("slots", c_void_p),
+        ("landing", _Landing),
+        *((name, c_void_p) for name in ("schedule", "turn", "observed")),
+    )
 
 
 BUFFERS = ("hidden", "normed", "query", "key", "value", "attended", "gate", "up")
@@ -178,11 +187,13 @@ class GroupStep:
         writes: where the rows' keys and values go: int64[rows] slots, or a landing where full blocks are sealed.
         schedule: address of the attention schedule; see `attention.schedule`.
         turn: address of how queries are turned back; None if none is.
+        observed: address of what attention masses are added to; None if nobody wants to know.
     """
 
     writes: Tensor | Landing
     schedule: int
     turn: int | None = None
+    observed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -274,21 +285,29 @@ class NativeLayers:
         )
 
     def keys_values(
-        self, keys: Sequence[Tensor], values: Sequence[Tensor], sealed: Sequence[Sequence[int]] = ()
+        self,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        sealed: Sequence[Sequence[int]] = (),
+        bounds: Sequence[Sequence[int]] = (),
     ) -> KeysValues:
         """A store's tensors as `run` wants them: keys and values [kv_heads, slots, dim] of each layer.
 
         Args:
             sealed: where full blocks are sealed, for each layer the fields of `struct Sealed` in `src/attention.h`, of
                 keys and of values; then `keys` and `values` hold the open blocks.
+            bounds: where full blocks keep the bounds of their keys, for each layer the fields of `struct Bounds` there.
         """
         for own_keys, own_values in zip(keys, values, strict=True):
             assert own_keys.stride() == own_values.stride() and own_keys.stride(2) == 1, "keys and values lie alike"
-        facts = sealed or [()] * len(keys)
+        facts = zip(sealed or [()] * len(keys), bounds or [()] * len(keys), strict=True)
         arguments = (_KeysValues * len(keys))(
             *(
-                _KeysValues(own_keys.data_ptr(), own_values.data_ptr(), own_keys.stride(0), (c_int64 * 10)(*own))
-                for own_keys, own_values, own in zip(keys, values, facts, strict=True)
+                _KeysValues(
+                    *(own_keys.data_ptr(), own_values.data_ptr(), own_keys.stride(0)),
+                    *((c_int64 * 10)(*own_sealed), (c_int64 * 3)(*own_bounds)),
+                )
+                for own_keys, own_values, (own_sealed, own_bounds) in zip(keys, values, facts, strict=True)
             )
         )
         return KeysValues(arguments, (*keys, *values))
@@ -373,11 +392,12 @@ def native_order_bytes(landing: Landing, dtype: torch.dtype, *, rows: int, kv_he
 
 
 def _group_arguments(group: GroupStep) -> _Group:
+    others = (group.schedule, group.turn, group.observed)
     if isinstance(writes := group.writes, Tensor):
-        return _Group(slots=writes.data_ptr(), schedule=group.schedule, turn=group.turn)
+        return _Group(writes.data_ptr(), _Landing(), *others)
     tensors = [getattr(writes, name) for name in LANDING]
     counts = [len(getattr(writes, name)) for name in LANDED]
-    return _Group(None, _Landing(*(own.data_ptr() for own in tensors), *counts), group.schedule, group.turn)
+    return _Group(None, _Landing(*(own.data_ptr() for own in tensors), *counts), *others)
 
 
 def _ends_arguments(ends: EndWeights, dim: int) -> _Ends:

@@ -83,14 +83,13 @@ def _attention(
         keys, values = kvloom.store.write(layer, plan.writes, key[0], value[0])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": s_aux}
-    turn = None if kvloom.turns is None else kvloom.turns[layer]
-    if kvloom.native is not None and not plan.chooses and not plan.reach.cross:
-        output = kvloom.native.attend(queries, keys, values, plan, **options, turn=turn)
+    turn, bounds = None if kvloom.turns is None else kvloom.turns[layer], kvloom.store.bounds[layer]
+    if kvloom.native is not None and not plan.reach.cross:
+        output = kvloom.native.attend(queries, keys, values, plan, **options, turn=turn, bounds=bounds)
     else:
-        bounds = kvloom.store.bounds[layer]
         output = torch_ops.attend(queries, keys, values, plan, **options, turn=turn, bounds=bounds)
-    if plan.observation is not None:
-        plan.observation.add(queries, keys, plan, **options)
+        if plan.observation is not None:
+            plan.observation.add(queries, keys, plan, **options)
     if kvloom.plan.views is not None:
         kvloom.plan.views.add_attention(queries, keys, plan, **options)
     # Some models go on with `view`, which wants what their own attention returns: contiguous.
@@ -152,16 +151,11 @@ class AttentionInterfaceBinding(HostedModel):
         """One ragged row [1, tokens] with explicit positions: no padding, no mask, no cache of transformers' own."""
         with self._alone(), self._rotary.fixed(regime):
             # The kernels were proven on text, whose positions are one number.
-            if (
-                self.native is None
-                or any(media)
-                or not self._kernels_for(store)[1]
-                or any(group.observation is not None or group.chooses for group in plan.groups)
-            ):
+            if self.native is None or any(media) or not self._kernels_for(store)[1]:
                 return self.forward_by_modules(token_ids, plan, store, regime=regime, media=media)
             if plan.views is not None:
                 # Kernels show nothing. What the modules write is written again, so looking changes no bit.
-                self.forward_by_modules(token_ids, plan, store, regime=regime)
+                self.forward_by_modules(token_ids, plan.unobserved, store, regime=regime)
                 plan = replace(plan, views=None)
             if (whole := self.native.whole()) is not None:
                 with interruptible():
@@ -170,12 +164,11 @@ class AttentionInterfaceBinding(HostedModel):
                 return self.forward_by_modules(token_ids, plan, store, regime=regime)
 
     def _kernels_for(self, store: AnyStore) -> tuple[NativeAttention | None, bool]:
-        """The kernels that attend in a store, and whether it is all that a native model needs to know of it."""
+        """The kernels that attend in a store, and whether a native model can work in it."""
         if self._seen_store is None or self._seen_store[0]() is not store:
             kernels = kernels_for(store)
-            own = store.layout.dtype == self.dtype
-            plain = kernels is not None and own and all(bounds is None for bounds in store.bounds)
-            self._seen_store = weakref.ref(store), kernels, plain
+            serves = kernels is not None and store.layout.dtype == self.dtype
+            self._seen_store = weakref.ref(store), kernels, serves
         return self._seen_store[1:]
 
     @torch.no_grad()

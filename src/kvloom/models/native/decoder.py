@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from kvloom.attention import GroupPlan, Plan
-from kvloom.attention.native import kernels, sealed_facts
+from kvloom.attention.native import bounds_facts, kernels, sealed_facts
 from kvloom.attention.source import Source
 from kvloom.attention.turn import Turn
 from kvloom.cache import AnyStore, CacheLayout, Int8Store, Landing
@@ -36,6 +36,8 @@ from kvloom.native.linear import PackedWeight
 
 KEPT_ROWS = 1_024
 """Rows for which buffers are kept from pass to pass: those of a step. Whole sequences without a cache may be longer."""
+
+Kept = TypeVar("Kept")
 
 Turns = Sequence[Turn | None]
 """How the queries of each attention layer of a model turn; None for those that do not."""
@@ -133,11 +135,18 @@ class LayerRunner:
 
     def _places_in(self, store: AnyStore) -> KeysValues:
         native = store.open if isinstance(store, Int8Store) else store
-        keys, values = ([own[index] for index in self.indices] for own in (native.keys, native.values))
+        keys, values = self._own(native.keys), self._own(native.values)
+        bounds = [
+            () if own is None else bounds_facts(own, store.layout.block_tokens) for own in self._own(store.bounds)
+        ]
         if not isinstance(store, Int8Store):
-            return self._layers.keys_values(keys, values)
-        both = [(store.sealed_keys[index], store.sealed_values[index]) for index in self.indices]
-        return self._layers.keys_values(keys, values, [sealed_facts(*own) for own in both])
+            return self._layers.keys_values(keys, values, bounds=bounds)
+        both = zip(self._own(store.sealed_keys), self._own(store.sealed_values), strict=True)
+        return self._layers.keys_values(keys, values, [sealed_facts(*own) for own in both], bounds)
+
+    def _own(self, of_layers: Sequence[Kept]) -> list[Kept]:
+        """Those of these layers."""
+        return [of_layers[index] for index in self.indices]
 
     def shared_keys_values(self, tokens: int) -> KeysValues:
         """One place for as many tokens that all layers use one after the other, each overwriting the last one's."""
@@ -163,7 +172,7 @@ class LayerRunner:
                 wanted += native_order_bytes(own.writes, self._dtype, rows=plan.tokens, kv_heads=kv_heads, dim=dim)
             memory_bytes = max(memory_bytes, wanted)
             turn = None if turns is None else self._attention.turn(schedule, turns[self.indices[place]])
-            steps[group] = GroupStep(own.writes, schedule.numbers.ctypes.data, turn)
+            steps[group] = GroupStep(own.writes, schedule.numbers.ctypes.data, turn, own.observed)
         return steps, self.scratch.memory(memory_bytes)
 
 

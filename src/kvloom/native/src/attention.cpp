@@ -7,8 +7,9 @@
 // or partition of such columns changes no bit. So a row gives the same bits in a chunk and alone, in any batch, shared or
 // copied, by any number of threads.
 //
-// From the top: division.h (items of work), worker.h (an item, block by block), blocks.h (a block's scores and values),
-// softmax.h; below them few_rows.h and product.h (numbers), integers.h (codes), kept.h (where keys and values are).
+// From the top: choose.h (what is read), division.h (items of work), worker.h (an item, block by block), observe.h (what keys
+// received), scorer.h (a block's rows and scores), blocks.h (its scores and values), softmax.h; below them few_rows.h and
+// product.h (numbers), integers.h (codes), kept.h (where keys and values are).
 
 #include "attention.h"
 
@@ -16,6 +17,8 @@
 
 #include <omp.h>
 
+#include "choose.h"
+#include "observe.h"
 #include "worker.h"
 
 namespace kvloom {
@@ -38,7 +41,14 @@ template <class E> std::int64_t worker_bytes(const Schedule& schedule, const Sha
     return Workspace<typename Arithmetic<E>::P>(shape, header.widest * shape.group, header.sealed, nullptr).bytes;
 }
 
-template <class E> void attend(const Layer& layer, char* memory, int threads) {
+template <class E> void attend(Layer layer, const Observed* observed, char* memory, int threads) {
+    const Header& header = *layer.schedule.header;
+    const std::int64_t kv_heads = layer.shape.kv_heads, choices = header.choices * kv_heads;
+    std::vector<std::int32_t> chosen(std::size_t(header.chosen * kv_heads * block_positions));
+    layer.chosen = chosen.data();
+    std::vector<Peak> peaks(observed ? std::size_t(header.tokens * kv_heads * layer.shape.group) : 0);
+    if (observed) layer.peaks = peaks.data();
+    const Lots lots(layer.schedule, observed);
     const Division division(layer.schedule, layer.shape, threads);
     const std::int64_t bytes = worker_bytes<E>(layer.schedule, layer.shape);
     float* partials = reinterpret_cast<float*>(memory + bytes * threads);
@@ -51,12 +61,21 @@ template <class E> void attend(const Layer& layer, char* memory, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         char* own = memory + bytes * omp_get_thread_num();
+        if (choices) {
+#pragma omp for schedule(dynamic)
+            for (std::int64_t i = 0; i < choices; ++i) choose<E>(layer, layer.schedule.choices[i / kv_heads], i % kv_heads);
+        }
         Worker<E> worker(layer, own);
         for (const Item *item = claim(), *next; item; item = next)
             worker.run(*item, partials, [&] { return next = claim(); });
 #pragma omp barrier
 #pragma omp for schedule(dynamic)
         for (std::size_t i = 0; i < splits; ++i) merge_split<E>(division.splits[i], layer, partials, reinterpret_cast<float*>(own));
+        if (observed) {
+            Observer<E> observer(layer, *observed, own);
+#pragma omp for schedule(dynamic)
+            for (std::size_t i = 0; i < lots.blocks(); ++i) observer.observe(lots.begin(i), lots.end(i));
+        }
     }
 }
 
@@ -97,9 +116,12 @@ KVLOOM_EXPORT void kvloom_attend(
     int element, const std::int32_t* schedule, std::int64_t kv_heads, std::int64_t group, std::int64_t key_dim,
     std::int64_t value_dim, const void* queries, std::int64_t query_token_stride, std::int64_t query_head_stride,
     const void* keys, std::int64_t key_head_stride, const void* values, std::int64_t value_head_stride,
-    const Sealed* sealed, const float* sinks, const Turn* turn, float scale, float softcap, void* out, void* memory, int threads) {
+    const Sealed* sealed, const float* sinks, const Turn* turn, const Bounds* bounds, const Observed* observed, float scale,
+    float softcap, void* out, void* memory, int threads) {
     const Layer layer{Schedule(schedule), {kv_heads, group, key_dim, value_dim}, queries, keys, values, query_token_stride,
                       query_head_stride, key_head_stride, value_head_stride, sealed, sealed ? sealed + 1 : nullptr, sinks, turn,
-                      out, scale, softcap};
-    with_element(element, [&](auto* e) { attend<std::remove_pointer_t<decltype(e)>>(layer, static_cast<char*>(memory), threads); });
+                      bounds, out, scale, softcap};
+    with_element(element, [&](auto* e) {
+        attend<std::remove_pointer_t<decltype(e)>>(layer, observed, static_cast<char*>(memory), threads);
+    });
 }

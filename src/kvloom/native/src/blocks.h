@@ -20,6 +20,7 @@ template <class E> struct Block {
     bool native;         // or codes
     const Place* place;  // of its slots
     const Place* next;   // what is read after it, or null
+    bool has_values = true;  // or nobody will ask for them
 
     Ahead next_keys() const { return {next ? next->keys : nullptr}; }
     Ahead next_values() const { return {next ? next->values : nullptr}; }
@@ -51,7 +52,7 @@ public:
         if (!block.native) decode(block);
         else if constexpr (std::is_same_v<E, f16>) {
             numbers_of_f16(block.place->keys, shape_.key_dim, space_.nothing, space_.converted_keys, keys_);
-            numbers_of_f16(block.place->values, shape_.value_dim, space_.nothing, space_.converted_values, values_);
+            if (block.has_values) numbers_of_f16(block.place->values, shape_.value_dim, space_.nothing, space_.converted_values, values_);
         } else {
             std::copy_n(reinterpret_cast<const P* const*>(block.place->keys), block_positions, keys_);
             std::copy_n(reinterpret_cast<const P* const*>(block.place->values), block_positions, values_);
@@ -61,7 +62,7 @@ public:
         packed_ = rows > few_rows;
         if (!packed_) return;
         pack_keys(keys_, shape_.key_dim, space_.keys, next_keys_);
-        pack_values(values_, shape_.value_dim, space_.values, next_values_);
+        if (block.has_values) pack_values(values_, shape_.value_dim, space_.values, next_values_);
     }
 
     // Of one strip, if there are so many in all.
@@ -106,7 +107,7 @@ private:
     void decode(const Block<E>& block) {
         if constexpr (std::is_same_v<P, float>) {
             numbers_of_codes(block.place->keys, block.slots, block.head->key_scales, space_.nothing, space_.converted_keys, keys_);
-            numbers_of_codes(block.place->values, block.slots, block.head->value_scales, space_.nothing, space_.converted_values, values_);
+            if (block.has_values) numbers_of_codes(block.place->values, block.slots, block.head->value_scales, space_.nothing, space_.converted_values, values_);
         }
     }
 
@@ -131,11 +132,11 @@ public:
         next_keys_ = block.next_keys();
         next_values_ = block.next_values();
         pieces_.find(block.head->key_scales, block.slots);
-        block.head->value_scales.of_slots(block.slots, space_.column_scales);
+        if (block.has_values) block.head->value_scales.of_slots(block.slots, space_.column_scales);
         packed_ = rows > few_rows || !pieces_.are_vectors() || padded() > few_stride;
         if (!packed_) return;
         pack_key_codes(keys_, shape_.key_dim, space_.keys, next_keys_);
-        pack_value_codes(values_, shape_.value_dim, space_.values, next_values_);
+        if (block.has_values) pack_value_codes(values_, shape_.value_dim, space_.values, next_values_);
     }
 
     static int most_rows_for(std::int64_t) { return strip_rows<std::int16_t>; }

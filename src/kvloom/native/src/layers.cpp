@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "attention.h"
+#include "bounds.h"
 #include "linear.h"
 #include "seal.h"
 #include "small.h"
@@ -42,6 +43,7 @@ struct KeysValues {
     void* values;
     std::int64_t stride;
     Sealed sealed[2];  // keys and values; without codes if nothing is sealed
+    Bounds bounds;     // of full blocks; without numbers if there are none
 };
 
 // Where new tokens land where full blocks are sealed; see cache/landing.py, which also says what "native order" is.
@@ -59,6 +61,7 @@ struct GroupStep {
     Landing landing;
     const std::int32_t* schedule;
     const Turn* turn;  // null if no query is turned
+    const Observed* observed;  // null if nobody wants to know
 };
 
 // One pass, for all layers: rows, and buffers for as many.
@@ -154,7 +157,7 @@ struct NativeOrder {
         const std::int64_t tokens = step.groups[layer.group].landing.earlier + step.rows;
         const std::int64_t half = rounded_up(layer.kv_heads * tokens * layer.dim * element_bytes(step), 64);
         char* memory = static_cast<char*>(step.memory);
-        kept = {memory, memory + half, tokens * layer.dim, {}};
+        kept = {memory, memory + half, tokens * layer.dim, {}, {}};
         bytes = 2 * half;
     }
 };
@@ -167,9 +170,19 @@ template <class Element> void land(const DecoderLayer& layer, const KeysValues& 
     share(parts + landing.open, [&](std::int64_t i) {
         if (i >= parts)
             return copy_slot<Element>(native, landing.earlier + landing.open_rows[i - parts], kept, landing.open_slots[i - parts], layer);
-        const std::int64_t block = i / layer.kv_heads;
-        seal<Element>(kept.sealed, numbers, landing.filled_from + block * kept.sealed[0].block_tokens,
-                      landing.filled_blocks[block], i % layer.kv_heads);
+        const std::int64_t block = landing.filled_blocks[i / layer.kv_heads], head = i % layer.kv_heads;
+        seal<Element>(kept.sealed, numbers, landing.filled_from + i / layer.kv_heads * kept.sealed[0].block_tokens, block, head);
+        if (kept.bounds.numbers) bound_codes<Element>(kept.bounds, kept.sealed[0], layer.kv_heads, layer.dim, head, block);
+    });
+}
+
+// The bounds of the blocks whose last slot was written.
+template <class Element> void note_bounds(const DecoderLayer& layer, const KeysValues& kept, const LayersStep& step) {
+    const std::int64_t *slots = step.groups[layer.group].slots, tokens = kept.bounds.block_tokens;
+    share(step.rows * layer.kv_heads, [&](std::int64_t i) {
+        const std::int64_t slot = slots[i / layer.kv_heads];
+        if (slot % tokens == tokens - 1)
+            bound_keys<Element>(kept.bounds, kept.keys, kept.stride, layer.kv_heads, layer.dim, i % layer.kv_heads, slot / tokens);
     });
 }
 
@@ -196,6 +209,7 @@ template <class Element> void before_attention(const DecoderLayer& layer, const 
         else put_into_slot(kept, group.slots[row], key, value, layer);
     });
     if (seals(kept)) land<Element>(layer, kept, native.kept, step);
+    else if (kept.bounds.numbers) note_bounds<Element>(layer, kept, step);
 }
 
 template <class Element> void after_attention(const DecoderLayer& layer, const LayersStep& step) {
@@ -244,9 +258,11 @@ void attend(const DecoderLayer& layer, const KeysValues& kept, const LayersStep&
     const NativeOrder native(layer, step);
     const bool sealed = seals(kept);
     const KeysValues& read = sealed ? native.kept : kept;
-    kvloom_attend(step.dtype, step.groups[layer.group].schedule, layer.kv_heads, layer.heads / layer.kv_heads, layer.dim,
+    const GroupStep& group = step.groups[layer.group];
+    kvloom_attend(step.dtype, group.schedule, layer.kv_heads, layer.heads / layer.kv_heads, layer.dim,
                   layer.dim, step.query, layer.heads * layer.dim, layer.dim, read.keys, read.stride, read.values, read.stride,
-                  sealed ? kept.sealed : nullptr, nullptr, step.groups[layer.group].turn, layer.scale, 0, step.attended,
+                  sealed ? kept.sealed : nullptr, nullptr, group.turn, kept.bounds.numbers ? &kept.bounds : nullptr, group.observed,
+                  layer.scale, 0, step.attended,
                   static_cast<char*>(step.memory) + (sealed ? native.bytes : 0), step.threads);
 }
 

@@ -9,7 +9,6 @@
 
 namespace kvloom {
 
-struct Run { std::int32_t block, offset, count, first; };  // as tables keep them
 struct Source {
     std::int64_t runs, first_row, first_position, count;
     // Where blocks are sealed: the first position in the blocks that the step writes, and the native slots of that one
@@ -19,6 +18,8 @@ struct Source {
     // position whose token does not see all; stretches that are seen from everywhere; whether these are seen at other
     // distances, and which distance is never reached then, 0 if any may be.
     std::int64_t window, exact, stretches, turned, trained;
+    // The most tokens that each of them may read, in whole blocks of its choice; negative if it reads all that it sees.
+    std::int64_t read_tokens;
 };
 struct Stretch {
     std::int64_t first, end;

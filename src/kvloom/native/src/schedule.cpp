@@ -6,6 +6,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "choosing.h"
 #include "reader.h"
 #include "simd.h"
 
@@ -43,13 +44,28 @@ public:
         }
     }
 
+    // Each new token that must choose is a set of its own. `reader`: of what they read in any case.
+    void add_choices(Reader& reader, const Choosing& choosing, std::int64_t block_tokens) {
+        close_set();
+        enter_blocks(reader, nullptr);
+        const std::int32_t first = count(candidates_);
+        candidates_.insert(candidates_.end(), choosing.candidates.begin(), choosing.candidates.end());
+        for (std::int64_t token = choosing.unlimited; token < reader.source().count; ++token) {
+            const std::int32_t take = std::int32_t(choosing.take(token));
+            const std::int32_t blocks = std::int32_t((take * block_tokens + block_positions - 1) / block_positions);
+            if (take) choices_.push_back({std::int32_t(reader.source().first_row + token), take, first, count(candidates_) - first, chosen_});
+            enter_choice(reader, token, blocks);
+            chosen_ += blocks;
+        }
+    }
+
     // Lays the parts out one behind the other; returns how many numbers they are, written or not.
     std::int64_t write(std::int32_t* out, std::int64_t capacity) {
         close_set();
-        const Header header{count(sets_), count(tokens_), count(strides_), count(slots_) / block_positions, widest_, sealed_,
-                            count(turns_), count(shifts_)};
+        const Header header{count(sets_),  count(tokens_), count(strides_), count(slots_) / block_positions, widest_, sealed_,
+                            count(turns_), count(shifts_), count(choices_), chosen_,                         count(candidates_)};
         const std::int64_t need = std::int64_t(sizeof(Header) + bytes(sets_) + bytes(tokens_) + bytes(strides_) + bytes(slots_) +
-                                               bytes(turns_) + bytes(shifts_)) / 4;
+                                               bytes(turns_) + bytes(shifts_) + bytes(choices_) + bytes(candidates_)) / 4;
         if (need > capacity) return need;
         char* to = reinterpret_cast<char*>(out);
         std::memcpy(to, &header, sizeof header);
@@ -59,7 +75,9 @@ public:
         to = put(to, strides_);
         to = put(to, slots_);
         to = put(to, turns_);
-        put(to, shifts_);
+        to = put(to, shifts_);
+        to = put(to, choices_);
+        put(to, candidates_);
         return need;
     }
 
@@ -99,8 +117,26 @@ private:
         for (std::int64_t i = 0; i < number; ++i)
             tokens_.push_back({std::int32_t(reader.source().first_row + done + i), std::int32_t(reader.low(first + i)), std::int32_t(first + i),
                                reader.owns[std::size_t(done + i)], turns_of(reader, first + i)});
-        parts_.push_back({&reader, begin, std::int32_t(begin + number), reader.low(first), last, reader.low(last),
-                          reader.owns[std::size_t(done)], reader.entries.data()});
+        parts_.push_back(part_of(reader, begin, done, number));
+    }
+
+    // `number` new tokens of a reader from the one numbered `done` on.
+    static Part part_of(const Reader& reader, std::int32_t begin, std::int64_t done, std::int64_t number) {
+        const std::int64_t first = reader.source().first_position + done, last = first + number - 1;
+        return {&reader, begin, std::int32_t(begin + number), reader.low(first), last, reader.low(last),
+                reader.owns[std::size_t(done)], reader.entries.data()};
+    }
+
+    // Positions count from behind the blocks of what is chosen, all of which is seen.
+    void enter_choice(const Reader& reader, std::int64_t token, std::int32_t blocks) {
+        const Part part = part_of(reader, 0, token, 1);
+        const std::int32_t first_stride = count(strides_), before = blocks * block_positions;
+        tokens_.push_back({std::int32_t(reader.source().first_row + token), 0, std::int32_t(part.last) + before,
+                           sealed_ ? std::int32_t(part.own) + before : 0, -1});
+        for (std::int32_t i = 0; i < blocks; ++i) strides_.push_back({i, ~(chosen_ + i), 0, 1, !sealed_, 0});
+        for (const Entry& entry : reader.entries)
+            if (part.reads(entry)) strides_.push_back({std::int32_t(entry.block()) + blocks, entry.id, 0, 1, entry.native(), 0});
+        finish_set(first_stride);
     }
 
     // Where the turns of a token begin.
@@ -120,10 +156,14 @@ private:
         if (parts_.empty()) return;
         const std::int32_t first_stride = count(strides_);
         for (const Entry* entry; (entry = lowest());) enter_strides(*entry);
+        finish_set(first_stride);
+        parts_.clear();
+    }
+
+    void finish_set(std::int32_t first_stride) {
         sets_.push_back({first_token_, std::int32_t(set_size()), first_stride, count(strides_) - first_stride});
         widest_ = std::max(widest_, std::int32_t(set_size()));
         first_token_ = count(tokens_);
-        parts_.clear();
     }
 
     // Of the parts' next entries the one that comes first; null behind the last one.
@@ -160,10 +200,11 @@ private:
     std::vector<Set> sets_;
     std::vector<Token> tokens_;
     std::vector<Stride> strides_;
-    std::vector<std::int32_t> slots_, turns_, shifts_;
+    std::vector<std::int32_t> slots_, turns_, shifts_, candidates_;
+    std::vector<Choice> choices_;
     std::unordered_map<std::int32_t, std::int32_t> shift_ids_;
     std::vector<Part> parts_;
-    std::int32_t first_token_ = 0, widest_ = 0;
+    std::int32_t first_token_ = 0, widest_ = 0, chosen_ = 0;
 };
 
 }  // namespace
@@ -181,10 +222,19 @@ KVLOOM_EXPORT std::int64_t kvloom_attention_schedule(
     const Stretch* next_stretch = reinterpret_cast<const Stretch*>(stretches);
     std::vector<Reader> readers;
     readers.reserve(std::size_t(count));
+    std::vector<Choosing> choosing;
     std::size_t most_blocks = 0;
-    for (const Source* source = reinterpret_cast<const Source*>(sources); count--; ++source) {
-        readers.emplace_back(*source, next, next_stretch, reach, block_tokens, sealed);
+    const auto read = [&](const Source& source, const Run* own) {
+        readers.emplace_back(source, own, next_stretch, reach, block_tokens, sealed);
         most_blocks += readers.back().entries.size();
+    };
+    for (const Source* source = reinterpret_cast<const Source*>(sources); count--; ++source) {
+        Source reads_all = *source;
+        if (source->read_tokens >= 0) {
+            choosing.emplace_back(*source, next, block_tokens);
+            reads_all.count = choosing.back().unlimited;
+        }
+        if (reads_all.count) read(reads_all, next);
         next += source->runs;
         next_stretch += source->stretches;
     }
@@ -193,6 +243,10 @@ KVLOOM_EXPORT std::int64_t kvloom_attention_schedule(
     for (const int i : sorted(readers)) {
         builder.add(readers[std::size_t(i)], previous);
         previous = &readers[std::size_t(i)];
+    }
+    for (const Choosing& own : choosing) {
+        Reader reader(own.source, own.always.data(), nullptr, reach, block_tokens, sealed);
+        builder.add_choices(reader, own, block_tokens);
     }
     return builder.write(out, capacity);
 }

@@ -68,8 +68,11 @@ template <class E> void finish(float* total, const Layer& layer, const Token& to
     if (layer.sinks) {
         const float sink = layer.sinks[head] * log2_e, top = std::max(total[columns], sink);
         factor = power(total[columns] - top);
+        total[columns] = top;
         total[columns + 1] = total[columns + 1] * factor + power(sink - top);
     }
+    if (layer.peaks)
+        layer.peaks[token.row * layer.shape.kv_heads * layer.shape.group + head] = {total[columns], 1 / total[columns + 1]};
     for (std::int64_t c = 0; c < dim; c += lanes) {
         // Adding zero makes one zero of both: which of them a sum of nothing has depends on who was masked.
         const f32x16 result = load(total + c) * all(factor) / all(total[columns + 1]) + zeros();
