@@ -10,6 +10,7 @@ ratios of medians. Be alone on the machine.
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import subprocess
@@ -23,9 +24,9 @@ from typing import Any
 import click
 import torch
 from facts import tell_facts
-from families import FAMILIES, Inputs, inputs_for, make_model
 from rich.console import Console
 from rich.table import Table
+from shapes import FAMILIES, Inputs, inputs_for, make_model
 
 PROMPT_TOKENS = 512
 RAGGED = tuple(range(32, 257, 32))
@@ -33,7 +34,11 @@ RAGGED = tuple(range(32, 257, 32))
 
 @dataclass(frozen=True)
 class Work:
-    """One kind of work: prompts of `lengths` tokens, `beams` beams, `new` tokens each; `measures` what of a run counts."""
+    """One kind of work: prompts of `lengths` tokens, `beams` beams, `new` tokens each.
+
+    Attributes:
+        measures: what of a run counts: of "prefill", "step" and "total".
+    """
 
     name: str
     lengths: tuple[int, ...]
@@ -124,7 +129,7 @@ def _options(work: Work) -> dict[str, Any]:
 
 def figures_of(ends: Ends) -> dict[str, float]:
     """Seconds: until the first token, of the median step, of the whole call."""
-    steps = [after - before for before, after in zip(ends[1:-2], ends[2:-1], strict=True)]
+    steps = [after - before for before, after in itertools.pairwise(ends[1:-1])]
     return {"prefill": ends[1] - ends[0], "step": statistics.median(steps), "total": ends[-1] - ends[0]}
 
 

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
-Inputs = Mapping[str, Tensor]
+Inputs = Mapping[str, Any]
 
 NOISE = 1 << 20
 """Random numbers that are drawn; weights repeat them."""
@@ -161,19 +161,17 @@ def inputs_for(model: Any, family: str, lengths: tuple[int, ...], *, seed: int) 
     draw, longest = random.Random(f"{family} {lengths} {seed}"), max(lengths)
     rows = [[draw.randrange(10, 30_000) for _ in range(length)] for length in lengths]
     if family == "x-transformers":
-        return {"inputs": torch.tensor(rows)} if len(rows) == 1 else {"inputs": rows_of(rows)}
+        return {"inputs": torch.tensor(rows) if len(rows) == 1 else [torch.tensor(row) for row in rows]}
     before = not model.config.is_encoder_decoder
-    padded, mask = torch.zeros(len(rows), longest, dtype=torch.int64), torch.zeros(len(rows), longest, dtype=torch.int64)
+    padded, mask = (
+        torch.zeros(len(rows), longest, dtype=torch.int64),
+        torch.zeros(len(rows), longest, dtype=torch.int64),
+    )
     for index, row in enumerate(rows):
         place = slice(longest - len(row), None) if before else slice(0, len(row))
         padded[index, place], mask[index, place] = torch.tensor(row), 1
     inputs = {"input_ids": padded, "attention_mask": mask}
     return inputs | _picture(model, padded, seed) if family == "qwen2-vl" and len(rows) == 1 else inputs
-
-
-def rows_of(rows: list[list[int]]) -> Any:
-    """Ragged rows, each a tensor."""
-    return [torch.tensor(row) for row in rows]
 
 
 def _picture(model: Any, ids: Tensor, seed: int) -> dict[str, Tensor]:
