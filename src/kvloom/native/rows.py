@@ -54,9 +54,10 @@ class RowGatherer:
 
         Args:
             store: [kv_heads, slots, dim], contiguous.
-            slots: int64[batch, tokens], contiguous.
+            slots: int64[batch, tokens].
         """
-        assert store.is_contiguous() and slots.is_contiguous(), "read by address"
+        assert store.is_contiguous(), "read by address"
+        slots = slots.contiguous()
         (heads, _, dim), (batch, tokens) = store.shape, slots.shape
         gathered = store.new_empty((batch, heads, tokens, dim))
         self._gather(
