@@ -83,7 +83,9 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": s_aux}
     turn = None if kvloom.turns is None else kvloom.turns[layer]
-    if kvloom.native is not None and not plan.chooses and not plan.reach.cross:
+    # A source's codes are read by PyTorch's operators: the kernel takes those of tokens that attention is causal over.
+    coded_source = plan.reach.cross and isinstance(keys, MixedKept)
+    if kvloom.native is not None and not plan.chooses and not coded_source:
         output = kvloom.native.attend(queries, keys, values, plan, **options, turn=turn)
     else:
         bounds = kvloom.store.bounds[layer]
