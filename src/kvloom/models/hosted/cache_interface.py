@@ -2,7 +2,7 @@
 
 Whatever a model does inside, it puts keys and values into a cache and takes all of them out again. Here that cache is
 a window onto the store: see `step_cache`. It is slower than our own attention, since keys and values are gathered
-into dense tensors for every layer, and rows of unlike lengths run apart; and it is right for any model that is right
+into dense tensors for every layer, and prompts of unlike lengths run apart; and it is right for any model that is right
 with transformers' own cache.
 """
 
