@@ -200,9 +200,13 @@ def _bind(
         raise InvalidRequest("`exclusive` is for transformers models: only their linear layers are packed.")
     if x_transformers_class(model) is not None:
         _refuse_given("for callables; a model of x-transformers knows its own", **of_callables)
-        return bind_wrapper(model)
+        wrapped = bind_wrapper(model)
+        wrapped.pack()
+        return wrapped
     if speaks_cache_protocol(model):
-        return _bind_cached(model, vocab_size=vocab_size, max_tokens=max_tokens, device=device or "cpu")
+        cached = _bind_cached(model, vocab_size=vocab_size, max_tokens=max_tokens, device=device or "cpu")
+        cached.pack()
+        return cached
     if vocab_size is None:
         raise InvalidRequest("a callable f(token_ids) -> logits needs `vocab_size`: pass the width of its logits.")
     return CallableBinding(model, vocab_size=vocab_size, max_tokens=max_tokens, device=device or "cpu")

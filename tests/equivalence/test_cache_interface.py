@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MambaConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
@@ -14,8 +17,11 @@ from transformers.cache_utils import DynamicLayer
 import kvloom
 import tiny
 from kvloom import AttachMismatch, InvalidRequest, UnsupportedModel
+from kvloom.attention.source import Source as Reads
 from kvloom.models import AttentionInterfaceBinding, CacheInterfaceBinding
 from kvloom.models.dense import step_cache
+from kvloom.models.dense.batches import _together
+from kvloom.models.hosted.cache_interface import PaddingCacheBinding
 from kvloom.models.proofs import selfcheck, small_windows
 
 FAMILIES = [(family, {}) for family in tiny.OWN_ATTENTION_FAMILIES] + [
@@ -91,6 +97,48 @@ def test_chunks_and_forks_of_unequal_rows_share_what_they_can() -> None:
     outs = lm.generate(prompts_of(model, 40, 3), max_new_tokens=5)
     expected = [lm.generate(own, max_new_tokens=5, use_cache=False) for own in prompts_of(model, 40, 3)]
     assert [own.token_ids for own in outs] == [own.token_ids for own in expected]
+
+
+def passes_of(model: PreTrainedModel, lm: kvloom.LanguageModel, prompts: list[list[int]], new: int) -> int:
+    """Calls of the model while a batch is decoded."""
+    calls: list[int] = []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    lm.generate(prompts, max_new_tokens=new, eos_token_id=None)
+    handle.remove()
+    return len(calls)
+
+
+def test_rows_of_unlike_lengths_decode_in_one_pass(model: PreTrainedModel) -> None:
+    lm = kvloom.attach(model)
+    prompts = prompts_of(model, 3, 20, 21, 37)
+    prefill = passes_of(model, lm, prompts, 1)
+    assert passes_of(model, lm, prompts_of(model, 4, 22, 23, 38), 8) == prefill + 7
+
+
+def test_padding_must_prove_itself() -> None:
+    assert selfcheck.prove(PaddingCacheBinding(tiny.tiny_model("t5"))) < 1e-4
+    # Its decoder counts positions from the length of its cache, padding and all.
+    with pytest.raises(AttachMismatch):
+        selfcheck.prove(PaddingCacheBinding(tiny.tiny_model("bart")))
+
+
+@given(
+    rows=st.lists(st.tuples(st.sampled_from([1, 1, 1, 2, 5]), st.integers(0, 40)), min_size=1, max_size=12),
+    padding_tokens=st.integers(0, 60),
+)
+def test_only_single_tokens_are_padded_and_no_batch_more_than_it_may(
+    rows: list[tuple[int, int]], padding_tokens: int
+) -> None:
+    sources = [Reads(np.empty((0, 4), np.int32), 0, past, count) for count, past in rows]
+    together = _together(sources, padding_tokens)
+    assert sorted(index for members in together for index in members) == list(range(len(rows)))
+    for members in together:
+        counts, pasts = ({rows[index][which] for index in members} for which in (0, 1))
+        assert len(counts) == 1 and members == sorted(members)
+        padding = sum(max(pasts) - rows[index][1] for index in members)
+        assert padding <= padding_tokens if counts == {1} else padding == 0
+    if padding_tokens == 0:
+        assert len(together) == len(set(rows))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)

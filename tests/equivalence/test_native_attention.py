@@ -6,6 +6,8 @@ one chunk, alone, in a pool of its own with blocks of another size.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import hypothesis.strategies as st
@@ -16,8 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 from attention_bench import HEADS, REACHES, TOLERANCE, Bench, Heads, Sequence, Step, draw_step
-from kvloom.attention import build_plan, reference, torch_ops
+from kvloom.attention import GroupPlan, build_plan, reference, torch_ops
 from kvloom.attention.native import NativeAttention
+from kvloom.attention.source import Source
 from kvloom.cache import Reach
 from kvloom.native.library import load
 from kvloom.native.rows import RowWriter
@@ -151,6 +154,53 @@ def build_plan_with(step: Step, runs: Any) -> Any:
 
     group = step.plan.groups[0]
     return replace(group, sources=(replace(group.sources[0], runs=runs),), schedules={})
+
+
+def crossing(rows: list[tuple[int, int]], lengths: list[int]) -> GroupPlan:
+    """New tokens, (how many, of which source), that attend to sources of so many tokens each, one behind the other."""
+    blocks = [0, *accumulate(-(-length // 4) for length in lengths)]
+    first_rows = [0, *accumulate(count for count, _ in rows)]
+    sources = tuple(
+        Source(np.array([[blocks[which], 0, lengths[which], 0]], dtype=np.int32), first_row, 3, count)
+        for (count, which), first_row in zip(rows, first_rows, strict=False)
+    )
+    writes = torch.empty(0, dtype=torch.int64)
+    return GroupPlan(writes=writes, sources=sources, reach=Reach(cross=True), block_tokens=4)
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.lists(st.sampled_from([1, 3, 13, 64, 65, 300]), min_size=1, max_size=3),
+    rows=st.lists(st.tuples(st.sampled_from([1, 1, 5, 40]), st.integers(0, 2)), min_size=1, max_size=6),
+    heads=HEADS,
+    threads=THREADS,
+)
+def test_all_of_a_source_is_seen_by_every_token_with_the_bits_that_it_gives_alone(
+    kernels: NativeAttention, lengths: list[int], rows: list[tuple[int, int]], heads: Heads, threads: int
+) -> None:
+    rows = [(count, which % len(lengths)) for count, which in rows]
+    slots = 4 * sum(-(-length // 4) for length in lengths)
+    generator = torch.Generator().manual_seed(len(rows))
+    keys, values = (
+        torch.randn(heads.kv_heads, slots, dim, generator=generator) for dim in (heads.key_dim, heads.value_dim)
+    )
+    total = sum(count for count, _ in rows)
+    queries = torch.randn(total, heads.kv_heads * heads.group, heads.key_dim, generator=generator)
+    plan = crossing(rows, lengths)
+    with Threads(threads):
+        output = kernels.attend(queries, keys, values, plan, **heads.options())
+    expected = reference.attend(queries, keys, values, plan, **heads.options())
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
+    for own in plan.sources:
+        apart = replace(own, first_row=0, count=1)
+        alone = kernels.attend(
+            queries[own.first_row : own.first_row + 1],
+            keys,
+            values,
+            replace(plan, sources=(apart,), schedules={}),
+            **heads.options(),
+        )
+        assert torch.equal(alone, output[own.first_row : own.first_row + 1])
 
 
 @pytest.mark.parametrize("reach", [Reach(), Reach(window_tokens=8)], ids=str)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.pytorch_utils import Conv1D
 
 import kvloom
 import tiny
@@ -46,6 +49,29 @@ def test_a_packed_product_equals_the_plain_one(dtype: torch.dtype, rows: int, pa
                 result = layer(inputs)
         tolerance = 1e-5 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(result, plain, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [lambda: Conv1D(240, 320), lambda: FalconLinear(320, 240)], ids=["Conv1D", "Falcon"])
+def test_products_by_another_name_are_packed_too(
+    make: Callable[[], nn.Module], dtype: torch.dtype, packing: Packing
+) -> None:
+    layer = make().to(dtype)
+    nn.init.normal_(layer.bias)
+    before = layer.weight.detach().clone()
+    packed = PackedLinears(nn.ModuleList([layer]), packing, exclusive=True)
+    weight = layer.weight
+    if packing.is_native or dtype == torch.float32:
+        assert packed.packed_bytes and weight.device.type == "meta" and weight.shape == before.shape
+    inputs = torch.randn(1, 7, 320, dtype=dtype)
+    with torch.no_grad():
+        result = layer(inputs)
+        assert torch.equal(packed.plain_weight(layer), before)
+        packed.restore()
+        plain = layer(inputs)
+    assert torch.equal(layer.weight, before) and layer.weight.stride() == before.stride()
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(result, plain, atol=tolerance, rtol=tolerance)
 
 
 def test_outside_of_our_forward_passes_the_owner_runs_plain_layers(packing: Packing) -> None:

@@ -54,6 +54,22 @@ def test_greedy_decoding_on_the_cache_is_that_without_it(lm: LanguageModel, prom
     assert len({tuple(out.token_ids) for out in cached}) > 15, "prompts that all go on alike would prove little"
 
 
+def test_its_linears_are_packed_for_our_passes_alone_and_ragged_rows_share_them(
+    lm: LanguageModel, prompts: list[list[int]]
+) -> None:
+    wrapped = lm.binding._cached_function.__closure__[0].cell_contents
+    assert lm.binding._packed.packed_bytes > 0
+    calls: list[int] = []
+    handle = wrapped.register_forward_hook(lambda *_: calls.append(1))
+    lm.generate(prompts[:4], max_new_tokens=1, eos_token_id=None)
+    prefill = len(calls)
+    lm.generate(prompts[4:8], max_new_tokens=6, eos_token_id=None)
+    handle.remove()
+    # Absolute positions, ALiBi and rotary ones all bear padding on the left.
+    assert len(calls) - prefill == len({len(own) for own in prompts[4:8]}) + 5
+    assert not any("forward" in vars(module) for module in wrapped.modules())
+
+
 def test_greedy_decoding_is_the_likeliest_token_of_the_wrapper_itself(prompts: list[list[int]]) -> None:
     model = wrapper(VARIANTS["rotary and flash"])
     tokens = list(prompts[0])

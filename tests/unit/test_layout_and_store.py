@@ -114,3 +114,19 @@ def test_tokens_are_written_to_their_slots_in_any_order(mixed: CacheLayout) -> N
 def test_a_reach_says_what_a_query_sees_and_what_a_sequence_must_keep(reach: Reach, first: list[int]) -> None:
     assert reach.first_visible(np.arange(7)).tolist() == first
     assert [reach.first_needed(length) for length in range(7)] == first
+
+
+@pytest.mark.parametrize("native", ["1", "0"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gathered_slots_are_those_that_were_asked_for(
+    dtype: torch.dtype, native: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVLOOM_NATIVE", native)
+    layer = LayerShape(kv_heads=3, key_dim=24, value_dim=7)
+    store = Store(CacheLayout(layers=(layer,), dtype=dtype, block_tokens=4), 60, CPU)
+    for kept in (store.keys[0], store.values[0]):
+        kept.copy_(torch.randn(kept.shape))
+    # Runs, single slots, backwards, repeated, and up to the last slot.
+    slots = torch.tensor([[*range(40, 100), 7, 7, 6, 5], [*range(180, 240), 0, 2, 4, 6]])
+    for own, kept in zip(store.gather(0, slots), (store.keys[0], store.values[0]), strict=True):
+        assert own.is_contiguous() and torch.equal(own, kept[:, slots].transpose(0, 1))

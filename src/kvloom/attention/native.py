@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kvloom.attention.plan import GroupPlan
 from kvloom.attention.schedule import Schedule, Scheduler
+from kvloom.attention.source import behind_its_runs
 from kvloom.attention.turn import Turn
 from kvloom.cache import AnyStore, Int8Store, MixedKept, Sealed
 from kvloom.native import Library, native
@@ -102,8 +103,9 @@ class NativeAttention:
         """The schedule of a plan, made when it is first wanted."""
         key = set_tokens, self.library.target
         if key not in plan.schedules:
+            sources = [behind_its_runs(own) for own in plan.sources] if plan.reach.cross else plan.sources
             plan.schedules[key] = self._scheduler.schedule(
-                plan.sources, plan.reach, block_tokens=plan.block_tokens, set_tokens=set_tokens
+                sources, plan.reach, block_tokens=plan.block_tokens, set_tokens=set_tokens
             )
         return plan.schedules[key]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvloom.attention.source import Source
 from kvloom.attention.weights import Weights
-from kvloom.blocks.table import COUNT, FIRST
+from kvloom.blocks.runs import COUNT, FIRST
 from kvloom.cache import MixedKept
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,12 @@ class Source:
     def queries(self) -> Rows:
         """int64[count], the positions of its new tokens."""
         return self.first_position + np.arange(self.count)
+
+
+def behind_its_runs(source: Source) -> Source:
+    """The same with new tokens that stand behind all that it reads: none of it lies ahead of them, as in a source."""
+    last = source.runs[-1]
+    return replace(source, first_position=int(last[FIRST]) + int(last[COUNT]))
 
 
 def from_position(runs: Runs, position: int) -> Runs:

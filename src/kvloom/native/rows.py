@@ -39,6 +39,34 @@ class RowWriter:
         )
 
 
+class RowGatherer:
+    """Reads slots of a layer into a dense tensor, by a function of the native library."""
+
+    def __init__(self, library: Library) -> None:
+        self._gather = library.function(
+            "kvloom_gather",
+            *(ctypes.c_void_p, *(ctypes.c_int64,) * 3),
+            *(ctypes.c_void_p, *(ctypes.c_int64,) * 2, ctypes.c_void_p, ctypes.c_int),
+        )
+
+    def gather(self, store: Tensor, slots: Tensor) -> Tensor:
+        """[batch, kv_heads, tokens, dim], contiguous.
+
+        Args:
+            store: [kv_heads, slots, dim], contiguous.
+            slots: int64[batch, tokens].
+        """
+        assert store.is_contiguous(), "read by address"
+        slots = slots.contiguous()
+        (heads, _, dim), (batch, tokens) = store.shape, slots.shape
+        gathered = store.new_empty((batch, heads, tokens, dim))
+        self._gather(
+            *(store.data_ptr(), store.stride(0) * store.itemsize, heads, dim * store.itemsize),
+            *(slots.data_ptr(), batch, tokens, gathered.data_ptr(), torch.get_num_threads()),
+        )
+        return gathered
+
+
 class _Slots(ctypes.Structure):
     _fields_ = (
         ("data", ctypes.c_void_p),

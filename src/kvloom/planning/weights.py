@@ -48,7 +48,7 @@ def count_weights(model: PreTrainedModel, *, checkpoint_dtype: torch.dtype | Non
     elements = sum(parameter.numel() for parameter in model.parameters())
     return Weights(
         plain_bytes=sum(tensor.nbytes for tensor in tensors),
-        packed_bytes=sum(packing.packed_bytes(own.parameter) for own in weights) if packing else 0,
+        packed_bytes=sum(packing.packed_bytes(own.matrix) for own in weights) if packing else 0,
         given_up_bytes=sum(own.parameter.nbytes for own in weights if packing and own.can_be_given_up(packing)),
         converted_bytes=0 if checkpoint == model.dtype else elements * checkpoint.itemsize,
     )

@@ -13,7 +13,7 @@ from kvloom.cache.layout import CacheLayout, LayerGroup
 from kvloom.cache.placement import Stored
 from kvloom.cache.store.parts import Part, Parts
 from kvloom.native import Library, native
-from kvloom.native.rows import RowWriter, SlotCopier
+from kvloom.native.rows import RowGatherer, RowWriter, SlotCopier
 
 
 class Store:
@@ -39,6 +39,7 @@ class Store:
 
         library = library_for(self.keys[0]) if self.keys else None
         self._writer = None if library is None else RowWriter(library)
+        self._gatherer = None if library is None else RowGatherer(library)
         self._copiers: dict[LayerGroup, SlotCopier] = {}
 
     @property
@@ -93,6 +94,8 @@ class Store:
             return keys[None, :, slots], values[None, :, slots]
 
         def rows(tensor: Tensor) -> Tensor:
+            if self._gatherer is not None:
+                return self._gatherer.gather(tensor, slots)
             # As a cache of transformers lies, which some models take a view of.
             gathered = tensor.new_empty((len(slots), tensor.shape[0], slots.shape[1], tensor.shape[2]))
             for own, row in zip(slots, gathered, strict=True):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from kvloom.models.dense.step_cache import step_cache
 from kvloom.models.hosted.probe import AttentionCall
 from kvloom.models.identity import digest_of_writes
 from kvloom.models.images.media import Media
+from kvloom.models.packing.packed import PackedLinears
+from kvloom.models.packing.packings import choose_packing
 
 TRIAL_TOKENS = 3
 Pairs = list[tuple[Tensor, Tensor]]
@@ -56,13 +59,18 @@ class CachedCallableBinding(CallableBinding):
         vocab_size: width of the logits; by default what the function returns.
         max_tokens, device: as for `CallableBinding`.
 
-    Weights are watched where they can be seen: of a module, a method of one, or what a function closes over.
+    Weights are watched, and linear layers packed, where they can be seen: of a module, a method of one, or what a
+    function closes over.
+
+    Attributes:
+        padding_tokens: as of `CacheInterfaceBinding`; 0 here, since a callable is told nothing of padding.
 
     Raises:
         UnsupportedModel: what it returns cannot be read as keys and values; says what it is.
     """
 
     name = "callable, by the cache protocol of transformers"
+    padding_tokens = 0
 
     def __init__(
         self,
@@ -74,6 +82,7 @@ class CachedCallableBinding(CallableBinding):
     ) -> None:
         refuse_autocast(torch.device(device))
         self._cached_function = function
+        self._packed: PackedLinears | None = None
         trial = torch.zeros((1, TRIAL_TOKENS), dtype=torch.int64, device=device)
         with torch.no_grad():
             output = function(trial, past_key_values=None, use_cache=True)
@@ -122,16 +131,31 @@ class CachedCallableBinding(CallableBinding):
 
     def run_order(self, plan: Plan) -> list[int]:
         """The order in which `forward` runs the rows of a plan."""
-        return run_order(plan)
+        return run_order(plan, padding_tokens=self.padding_tokens)
+
+    def pack(self) -> None:
+        """Decode with packed copies of the linear layers that can be seen; see `PackedLinears`."""
+        packing = choose_packing() if self.device.type == "cpu" else None
+        self._packed = PackedLinears(nn.ModuleList(_modules(self._cached_function)), packing, exclusive=False)
+
+    def detach(self) -> None:
+        """Let go of the packed copies; nothing was done to the callable."""
+        if self._packed is not None:
+            self._packed.restore()
 
     @torch.no_grad()
     def forward(
         self, token_ids: Tensor, plan: Plan, store: AnyStore, *, regime: Regime, media: Sequence[Media | None] = ()
     ) -> Tensor:
-        """One call for each set of rows of equal lengths; logits in the order of the plan."""
+        """One call for each set of rows that run together; logits in the order of the plan."""
         kept = in_own_dtype(store)
-        with interruptible():
-            return run_dense(plan, self.device, lambda batch: self._run(token_ids[batch.rows], batch, kept))
+        with nullcontext() if self._packed is None else self._packed.active(), interruptible():
+            return run_dense(
+                plan,
+                self.device,
+                lambda batch: self._run(token_ids[batch.rows], batch, kept),
+                padding_tokens=self.padding_tokens,
+            )
 
     def _run(self, token_ids: Tensor, batch: DenseBatch, store: Store) -> Tensor:
         """Logits, float[batch, wanted, vocab], of int64[batch, count] token ids."""
@@ -140,7 +164,8 @@ class CachedCallableBinding(CallableBinding):
             output = self._cached_function(token_ids, past_key_values=past, use_cache=True)
         else:
             past = self._past(batch, store)
-            output = self._cached_function(token_ids, past_key_values=past, use_cache=True)
+            padding = {} if batch.padding is None else {"padding": batch.padding[:, 0]}
+            output = self._cached_function(token_ids, past_key_values=past, use_cache=True, **padding)
             self._take(output.past_key_values, batch, store)
         logits: Tensor = output.logits[:, batch.count - batch.wanted :]
         return logits

@@ -84,7 +84,9 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": s_aux}
     turn, bounds = None if kvloom.turns is None else kvloom.turns[layer], kvloom.store.bounds[layer]
-    if kvloom.native is not None and not plan.reach.cross:
+    # A source's codes are read by PyTorch's operators: the kernel takes those of tokens that attention is causal over.
+    coded_source = plan.reach.cross and isinstance(keys, MixedKept)
+    if kvloom.native is not None and not coded_source:
         output = kvloom.native.attend(queries, keys, values, plan, **options, turn=turn, bounds=bounds)
     else:
         output = torch_ops.attend(queries, keys, values, plan, **options, turn=turn, bounds=bounds)

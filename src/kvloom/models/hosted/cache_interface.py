@@ -2,7 +2,7 @@
 
 Whatever a model does inside, it puts keys and values into a cache and takes all of them out again. Here that cache is
 a window onto the store: see `step_cache`. It is slower than our own attention, since keys and values are gathered
-into dense tensors for every layer, and rows of unlike lengths run apart; and it is right for any model that is right
+into dense tensors for every layer, and prompts of unlike lengths run apart; and it is right for any model that is right
 with transformers' own cache.
 """
 
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from kvloom.attention import Plan, Views
-from kvloom.cache import AnyStore, LayerShape, Reach, Store, in_own_dtype
+from kvloom.cache import AnyStore, CacheLayout, LayerShape, Reach, Store, in_own_dtype
 from kvloom.errors import KVLoomError, UnsupportedModel
 from kvloom.exclusive import interruptible
 from kvloom.models.binding import Regime
@@ -31,6 +31,9 @@ from kvloom.models.hosted.probe import PROBE_TOKENS, AttentionCall
 from kvloom.models.images.media import Media
 from kvloom.models.sources.encoder import Encoded
 
+MASKS = {False: "attention_mask", True: "decoder_attention_mask"}
+"""Under which name a model takes the mask of its own tokens, without and with a source."""
+
 
 class CacheInterfaceBinding(HostedModel):
     """A language model of transformers that is handed a cache.
@@ -38,11 +41,15 @@ class CacheInterfaceBinding(HostedModel):
     Args:
         model: in evaluation mode. Its weights, config and mode are left as they are.
 
+    Attributes:
+        padding_tokens: the most slots of padding in a batch of rows of unlike lengths; 0 runs these apart.
+
     Raises:
         UnsupportedModel: for models that cannot be decoded this way; the message says which part and why.
     """
 
     name = "transformers cache interface"
+    padding_tokens = 0
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
@@ -57,13 +64,18 @@ class CacheInterfaceBinding(HostedModel):
     def forward(
         self, token_ids: Tensor, plan: Plan, store: AnyStore, *, regime: Regime, media: Sequence[Media | None] = ()
     ) -> Tensor:
-        """One pass for each set of rows of equal lengths; logits in the order of the plan."""
+        """One pass for each set of rows that run together; logits in the order of the plan."""
         kept = in_own_dtype(store)
         with self._alone(), self._rotary.fixed(regime), self._packed():
             if plan.views is not None:
                 self._show(token_ids, plan, plan.views, kept)
             with interruptible():
-                return run_dense(plan, self.device, lambda batch: self._run(token_ids, plan, batch, kept))
+                return run_dense(
+                    plan,
+                    self.device,
+                    lambda batch: self._run(token_ids, plan, batch, kept),
+                    padding_tokens=self.padding_tokens,
+                )
 
     def _show(self, token_ids: Tensor, plan: Plan, views: Views, store: Store) -> None:
         """Run a step to be looked at. What it writes is written again, so looking changes nothing."""
@@ -85,7 +97,7 @@ class CacheInterfaceBinding(HostedModel):
 
     def run_order(self, plan: Plan) -> list[int]:
         """The order in which `forward` runs the rows of a plan."""
-        return run_order(plan)
+        return run_order(plan, padding_tokens=self.padding_tokens)
 
     def _run(self, token_ids: Tensor, plan: Plan, batch: DenseBatch, store: Store) -> Tensor:
         """Logits, float[batch, wanted, vocab]."""
@@ -98,12 +110,15 @@ class CacheInterfaceBinding(HostedModel):
 
     def _inputs(self, token_ids: Tensor, plan: Plan, batch: DenseBatch) -> dict[str, Any]:
         """A batch of int64[tokens] as the model takes it. Positions are passed, or follow from the cache's length."""
-        own = token_ids[batch.rows]
+        own, given = token_ids[batch.rows], {}
+        if batch.seen is not None:
+            given[MASKS[batch.source is not None]] = batch.seen.long()
         if batch.source is not None:
             hidden = torch.zeros((batch.batch, batch.source.tokens, 1), dtype=self.dtype, device=self.device)
             encoded = Encoded(last_hidden_state=hidden)
-            return {"decoder_input_ids": own, "encoder_outputs": encoded, "attention_mask": batch.source.seen}
-        given = {"position_ids": plan.positions[batch.rows]} if self._takes_positions else {}
+            return {"decoder_input_ids": own, "encoder_outputs": encoded, "attention_mask": batch.source.seen, **given}
+        if self._takes_positions:
+            given["position_ids"] = plan.positions[batch.rows]
         return {"input_ids": own, **given}
 
     def _trial(self) -> tuple[AttentionCall, ...]:
@@ -129,6 +144,24 @@ class CacheInterfaceBinding(HostedModel):
                 f"{error}"
             ) from error
         return trial.calls()
+
+
+class PaddingCacheBinding(CacheInterfaceBinding):
+    """The same for models that are right with padding too: rows of unlike lengths decode in one pass.
+
+    A pass reads all weights. So rows are padded as long as what padding adds to read is no more than these.
+
+    Raises:
+        UnsupportedModel: also where the model takes no mask of its own tokens.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        name = MASKS[self.encoder is not None]
+        if name not in inspect.signature(model.forward).parameters:
+            raise UnsupportedModel(f"{type(model).__name__} takes no `{name}`, so its rows cannot be padded.")
+        weights = sum(own.nbytes for own in model.parameters())
+        self.padding_tokens = weights // CacheLayout(layers=self.layers, dtype=self.dtype).bytes_per_token
 
 
 class _Trial:

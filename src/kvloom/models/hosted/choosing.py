@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from kvloom.errors import AttachMismatch, KVLoomError, UnsupportedModel
 from kvloom.models.hosted.attention_interface import AttentionInterfaceBinding
 from kvloom.models.hosted.base import HostedModel
-from kvloom.models.hosted.cache_interface import CacheInterfaceBinding
+from kvloom.models.hosted.cache_interface import CacheInterfaceBinding, PaddingCacheBinding
 from kvloom.models.proofs.imagecheck import prove_images
 from kvloom.models.proofs.selfcheck import prove
 
@@ -25,13 +25,21 @@ def bind(model: PreTrainedModel, *, proving: bool = True) -> HostedModel:
         return _bound(AttentionInterfaceBinding, model, proving)
     except UnsupportedModel as refusal:
         try:
-            binding = _bound(CacheInterfaceBinding, model, proving)
+            binding = _bound_to_cache(model, proving)
         except UnsupportedModel as second:
             if isinstance(refusal, AttachMismatch):
                 raise refusal from second
             raise second from refusal
         binding.reason = str(refusal)
         return binding
+
+
+def _bound_to_cache(model: PreTrainedModel, proving: bool) -> HostedModel:
+    """With rows of unlike lengths in one pass where that proves right, else apart."""
+    try:
+        return _bound(PaddingCacheBinding, model, proving)
+    except UnsupportedModel:
+        return _bound(CacheInterfaceBinding, model, proving)
 
 
 def _bound(kind: type[HostedModel], model: PreTrainedModel, proving: bool) -> HostedModel:

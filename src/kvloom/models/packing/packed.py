@@ -21,6 +21,7 @@ from kvloom.exclusive import interruptible
 from kvloom.models.modules import is_adapter
 from kvloom.models.packing.mapped import Range, drop_pages, mapped_files
 from kvloom.models.packing.packings import Packing, is_right
+from kvloom.models.packing.products import as_matrix, is_product, keeps_transposed
 from kvloom.native.linear import PackedWeight
 
 
@@ -30,18 +31,26 @@ class Weight:
 
     Attributes:
         linears: plain linear layers, which use it packed.
+        transposed: whether these keep it as [inner, outputs].
         embeddings: plain embeddings, which can look its rows up.
         elsewhere: whether anything else uses it.
     """
 
     parameter: nn.Parameter
-    linears: list[nn.Linear] = field(default_factory=list)
+    linears: list[nn.Module] = field(default_factory=list)
+    transposed: bool = False
     embeddings: list[nn.Embedding] = field(default_factory=list)
     elsewhere: bool = False
 
+    @property
+    def matrix(self) -> Tensor:
+        """[outputs, inner], as it is packed."""
+        return as_matrix(self.parameter, transposed=self.transposed)
+
     def can_be_given_up(self, packing: Packing) -> bool:
         """Whether nobody needs it plain."""
-        return not self.elsewhere and (packing.is_native or not self.embeddings)
+        rows_can_be_looked_up = packing.is_native and not self.transposed
+        return not self.elsewhere and (rows_can_be_looked_up or not self.embeddings)
 
 
 def packable(model: nn.Module, packing: Packing | None, *, exclusive: bool = False) -> list[Weight]:
@@ -57,8 +66,9 @@ def packable(model: nn.Module, packing: Packing | None, *, exclusive: bool = Fal
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             weight = weights.setdefault(id(parameter), Weight(parameter))
-            if name == "weight" and id(module) not in wrapped and type(module) is nn.Linear and _is_plain(module):
+            if name == "weight" and id(module) not in wrapped and is_product(module) and _is_plain(module):
                 weight.linears.append(module)
+                weight.transposed = keeps_transposed(module)
             elif name == "weight" and type(module) is nn.Embedding and _is_plain(module) and module.max_norm is None:
                 weight.embeddings.append(module)
             else:
@@ -80,8 +90,8 @@ class PackedLinear:
         adapter: what wraps the layer and may be merged into its weight; None if nothing does.
     """
 
-    def __init__(self, module: nn.Linear, packing: Packing, packed: Any, adapter: nn.Module | None = None) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, packing: Packing, packed: Any, adapter: nn.Module | None = None) -> None:
+        self.module: Any = module
         self.packed = packed
         self._packing = packing
         self._adapter = adapter
@@ -90,7 +100,8 @@ class PackedLinear:
     def refresh(self) -> None:
         """Pack again if the owner has replaced the weight, written to it, or merged adapters into it."""
         if self._seen != self._state():
-            self.packed = self._packing.pack(self.module.weight)
+            matrix = as_matrix(self.module.weight, transposed=keeps_transposed(self.module))
+            self.packed = self._packing.pack(matrix)
             self._seen = self._state()
 
     def _state(self) -> tuple[int, int, tuple[str, ...]]:
@@ -100,7 +111,7 @@ class PackedLinear:
         return weight.data_ptr(), 0 if weight.is_inference() else weight._version, merged
 
     def forward(self, input: Tensor) -> Tensor:
-        """What `nn.Linear.forward` returns."""
+        """What the layer's own forward returns."""
         return self._packing.linear(input, self.packed, self.module.bias)
 
 
@@ -120,8 +131,8 @@ class GivenUp:
     """A parameter without its memory. In its modules a placeholder with its shape and dtype stands for it."""
 
     def __init__(self, weight: Weight, packed: Any, files: list[Range]) -> None:
-        self._parameter = weight.parameter
-        self._users = [*weight.linears, *weight.embeddings]
+        self._parameter, self._transposed = weight.parameter, weight.transposed
+        self._users: list[Any] = [*weight.linears, *weight.embeddings]
         self._packed = packed
         placeholder = nn.Parameter(weight.parameter.to("meta"), requires_grad=False)
         for module in self._users:
@@ -132,7 +143,7 @@ class GivenUp:
 
     def restore(self, packing: Packing) -> None:
         """Put it back as it was."""
-        self._parameter.data = packing.unpack(self._packed)
+        self._parameter.data = as_matrix(packing.unpack(self._packed), transposed=self._transposed).contiguous()
         for module in self._users:
             module.weight = self._parameter
 
@@ -158,7 +169,7 @@ class PackedLinears:
         if packing is None:
             return
         weights = packable(model, packing, exclusive=exclusive)
-        packing.reserve(weight.parameter for weight in weights)
+        packing.reserve(weight.matrix for weight in weights)
         files = mapped_files() if exclusive else []
         self._adapters = {own: outer for outer in model.modules() if is_adapter(outer) for own in outer.modules()}
         # One by one, so that a whole second copy is never in memory.
@@ -173,7 +184,7 @@ class PackedLinears:
             raise
 
     def _take_over(self, weight: Weight, packing: Packing, packed: Any, files: list[Range]) -> None:
-        self.packed_bytes += packing.packed_bytes(weight.parameter)
+        self.packed_bytes += packing.packed_bytes(weight.matrix)
         for module in weight.linears:
             self._layers[module] = PackedLinear(module, packing, packed, self._adapters.get(module))
             self._packed_of[module] = packed
@@ -204,7 +215,9 @@ class PackedLinears:
     def plain_weight(self, module: nn.Module) -> Tensor | None:
         """The plain weight of a module that has given it up, made anew; None if it has not."""
         packed = self._packed_of.get(module)
-        return None if packed is None or self._packing is None else self._packing.unpack(packed)
+        if packed is None or self._packing is None:
+            return None
+        return as_matrix(self._packing.unpack(packed), transposed=is_product(module) and keeps_transposed(module))
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -248,9 +261,10 @@ def _pack(weight: Weight, packing: Packing, files: list[Range]) -> Any:
     def look(rows: Tensor, packed: Any) -> None:
         nonlocal wrong
         wrong = wrong or not is_right(packing, packed, rows)
-        drop_pages(rows, files)
+        if not weight.transposed:  # else its rows lie across all pages
+            drop_pages(rows, files)
 
-    packed = packing.pack(weight.parameter, look)
+    packed = packing.pack(weight.matrix, look)
     return None if wrong else packed
 
 

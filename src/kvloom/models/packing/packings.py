@@ -144,7 +144,7 @@ class OneDnnPacking:
 
     def pack(self, weight: Tensor, look: Look | None = None) -> Tensor:
         """In one piece."""
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), self.rows_hint)
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), self.rows_hint)
         if look is not None:
             look(weight.detach(), packed)
         return packed

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvloom.cache import AnyStore, LayerShape, Store, in_own_dtype
+from kvloom.cache import AnyStore, CacheLayout, LayerShape, Store, in_own_dtype
 from kvloom.errors import KVLoomError, UnsupportedModel
 from kvloom.models.binding import Regime
 from kvloom.models.callables.cached import CachedCallableBinding
@@ -48,8 +48,17 @@ def bind_wrapper(wrapper: Any) -> CachedCallableBinding:
         )
     refuse_decoder(wrapper.attn_layers)
     _refuse_wrapper(wrapper)
+    if wrapper.attn_layers.cross_attend:
+        return _proven(SourcedBinding, wrapper)
     try:
-        binding = (SourcedBinding if wrapper.attn_layers.cross_attend else XTransformersBinding)(wrapper)
+        return _proven(PaddingXTransformersBinding, wrapper)
+    except UnsupportedModel:
+        return _proven(XTransformersBinding, wrapper)
+
+
+def _proven(kind: Callable[[Any], CachedCallableBinding], wrapper: Any) -> CachedCallableBinding:
+    try:
+        binding = kind(wrapper)
         binding.check_ready()
         prove(binding)
     except KVLoomError:
@@ -76,6 +85,15 @@ class XTransformersBinding(CachedCallableBinding):
         self.calls = _calls(wrapper, self.layers)
 
 
+class PaddingXTransformersBinding(XTransformersBinding):
+    """The same for wrappers that are right with padding on the left too; see `PaddingCacheBinding`."""
+
+    def __init__(self, wrapper: Any) -> None:
+        super().__init__(wrapper)
+        weights = sum(own.nbytes for own in wrapper.parameters())
+        self.padding_tokens = weights // CacheLayout(layers=self.layers, dtype=self.dtype).bytes_per_token
+
+
 class SourcedBinding(CachedCallableBinding):
     """A `TransformerWrapper` around a `Decoder` with cross-attention: token ids, and a source, to logits.
 
@@ -93,6 +111,7 @@ class SourcedBinding(CachedCallableBinding):
         # The trial of a callable knows no source, so nothing of it serves.
         weight = next(wrapper.parameters())
         self._wrapper = self._cached_function = wrapper
+        self._packed = None
         self.device, self.dtype = weight.device, weight.dtype
         self.max_tokens = wrapper.max_seq_len or None
         self.encoder = EmbeddedSources(source_dim(wrapper.attn_layers), self.dtype, self.device)
@@ -186,7 +205,13 @@ class _Output:
 def _speaking(wrapper: Any) -> Callable[..., _Output]:
     """A wrapper that speaks the cache protocol, its past as pairs of keys and values."""
 
-    def run(token_ids: Tensor, *, past_key_values: Pairs | None = None, use_cache: bool = False) -> _Output:
+    def run(
+        token_ids: Tensor,
+        *,
+        past_key_values: Pairs | None = None,
+        use_cache: bool = False,
+        padding: Tensor | None = None,
+    ) -> _Output:
         if not use_cache:
             return _Output(wrapper(token_ids), None)
         cache = None
@@ -197,6 +222,7 @@ def _speaking(wrapper: Any) -> Callable[..., _Output]:
             cache=cache,
             input_not_include_cache=True,
             cache_age=token_ids.shape[1],  # of how many last tokens it runs: by default, of one
+            seq_start_pos=padding,
             return_intermediates=True,
         )
         return _Output(logits, tuple(own.cached_kv for own in intermediates.attn_intermediates))

@@ -1,4 +1,4 @@
-// Slots of a store, written, copied and sealed.
+// Slots of a store, written, gathered, copied and sealed.
 
 #include <cstdint>
 #include <cstring>
@@ -41,6 +41,24 @@ KVLOOM_EXPORT void kvloom_copy_slots(const Slots* tensors, std::int64_t tensor_c
                 std::memcpy(own.data + head * own.head_stride + copy->target * own.slot_bytes,
                             own.data + head * own.head_stride + copy->source * own.slot_bytes,
                             std::size_t(copy->count * own.slot_bytes));
+    }
+}
+
+// Slots of a store [heads, slots], by their index [rows, tokens], side by side: [rows, heads, tokens]. Slots that follow each
+// other are copied at once. Strides and sizes are in bytes.
+KVLOOM_EXPORT void kvloom_gather(const char* store, std::int64_t head_stride, std::int64_t heads, std::int64_t slot_bytes,
+                                 const std::int64_t* slots, std::int64_t rows, std::int64_t tokens, char* out, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * heads * tokens * slot_bytes > 1 << 16)
+    for (std::int64_t i = 0; i < rows * heads; ++i) {
+        const std::int64_t *slot = slots + i / heads * tokens, *end = slot + tokens;
+        const char* own = store + i % heads * head_stride;
+        for (char* to = out + i * tokens * slot_bytes; slot < end;) {
+            std::int64_t run = 1;
+            while (slot + run < end && slot[run] == *slot + run) ++run;
+            std::memcpy(to, own + *slot * slot_bytes, std::size_t(run * slot_bytes));
+            slot += run;
+            to += run * slot_bytes;
+        }
     }
 }
 
