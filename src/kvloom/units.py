@@ -11,3 +11,8 @@ def readable_bytes(size: int) -> str:
             break
         amount /= 1024
     return f"{amount:,.0f} {unit}" if unit == "bytes" else f"{amount:,.1f} {unit}"
+
+
+def counted(number: int, noun: str) -> str:
+    """So many things: "1 block", "2,048 tokens"."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

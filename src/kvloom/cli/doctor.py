@@ -10,8 +10,10 @@ import click
 from kvloom import __version__
 from kvloom.cli.group import Command
 from kvloom.cli.options.params import json_option, load_model, option, quiet_option, silence_libraries
+from kvloom.cli.options.values import Count
 from kvloom.cli.output.as_json import print_json
 from kvloom.cli.output.terminal import stdout_console, waiting
+from kvloom.units import counted
 
 if TYPE_CHECKING:
     from kvloom.doctor import Examination
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     help="Also list which operations of this model run in native kernels: a folder, or an id on the hub.",
 )
 @option("--dtype", metavar="DTYPE", section="Model", help="Of that model.  [default: the checkpoint's]")
-@option("--threads", metavar="N", type=click.IntRange(min=1), section="Model", help="Threads of PyTorch.")
+@option("--threads", metavar="N", type=Count(min=1), section="Model", help="Threads of PyTorch.")
 def doctor(*, as_json: bool, quiet: bool, model: str | None, dtype: str | None, threads: int | None) -> None:
     """Say what is in use on this machine, and why.
 
@@ -81,9 +83,12 @@ def _lines(found: Examination) -> list[tuple[str, str]]:
         ("linear layers", kernels.linear_layers),
         ("compiler", found.compiler or f"none: {found.compiler_problem}"),
         ("cache folder", found.cache_folder),
-        ("CPU", f"{found.cpu}, {_count(found.cpus, 'CPU')}: {', '.join(found.cpu_instructions) or 'no vectors known'}"),
+        (
+            "CPU",
+            f"{found.cpu}, {counted(found.cpus, 'CPU')}: {', '.join(found.cpu_instructions) or 'no vectors known'}",
+        ),
         ("threads", str(found.threads)),
-        ("memory", f"{found.bytes_per_second / 1e9:.1f} GB/s, read by {_count(found.threads, 'thread')}"),
+        ("memory", f"{found.bytes_per_second / 1e9:.1f} GB/s, read by {counted(found.threads, 'thread')}"),
         ("GPU", found.gpu or "none that PyTorch can use"),
         ("versions", ", ".join(f"{name} {version}" for name, version in found.versions.items())),
     ]
@@ -101,7 +106,3 @@ def _print_operations(model: str, operations: Sequence[Operation]) -> None:
     console.print(Text(f"{model}: {len(missing)} of {len(operations)} operations are not native", style="yellow"))
     for own in missing:
         console.print(Text(f"  {own.name}: {own.reason}"), soft_wrap=True)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")

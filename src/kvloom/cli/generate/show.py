@@ -12,7 +12,7 @@ import click
 
 from kvloom import __version__
 from kvloom.cli.output.terminal import is_terminal, stderr_console
-from kvloom.units import readable_bytes
+from kvloom.units import counted, readable_bytes
 
 TOKEN_COLUMNS = 48
 """About as wide as a table of tokens without their alternatives."""
@@ -78,19 +78,19 @@ def _summary_rows(
     several = "" if len(generations) == 1 else f", {len(generations)} sequences"
     rows = [
         ("model", model, f", {dtype} on {device}"),
-        ("prompt", _count(usage.prompt_tokens, "token"), f", {found:,} found in the cache, {computed:,} computed"),
-        ("new", _count(usage.new_tokens, "token"), f"{several}, {usage.seconds:.2f} s{speed and f', {speed}'}"),
+        ("prompt", counted(usage.prompt_tokens, "token"), f", {found:,} found in the cache, {computed:,} computed"),
+        ("new", counted(usage.new_tokens, "token"), f"{several}, {usage.seconds:.2f} s{speed and f', {speed}'}"),
     ]
     if usage.source_tokens:
         read = "read by the encoder" if usage.computed_source_tokens else "found in the cache"
-        rows.insert(1, ("source", _count(usage.source_tokens, "token"), f", {read}"))
+        rows.insert(1, ("source", counted(usage.source_tokens, "token"), f", {read}"))
     if usage.peak_bytes:
         memory = f", {readable_bytes(usage.peak_bytes)} of keys and values"
-        rows.append(("cache", f"{_count(usage.peak_blocks, 'block')} at the peak", memory))
+        rows.append(("cache", f"{counted(usage.peak_blocks, 'block')} at the peak", memory))
     else:
         rows.append(("cache", "off", ": everything was computed anew for each token"))
     if retention is not None:
-        rows.append(("kept by", retention, f", {_count(usage.dropped_tokens, 'token')} of the sequence dropped"))
+        rows.append(("kept by", retention, f", {counted(usage.dropped_tokens, 'token')} of the sequence dropped"))
     rows.append(("finish", *_finish(generations)))
     if generations[0].score is not None and len(generations) == 1:
         rows.append(("score", f"{generations[0].score:.4f}", ", the sum of log-probabilities / length ^ penalty"))
@@ -170,10 +170,6 @@ def _wrapped(parts: Sequence[str], *, width: int) -> str:
 
 def _percent(logprob: float) -> str:
     return f"{100 * math.exp(logprob):.1f}%"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 # ---- JSON ----------------------------------------------------------------------------------------------------

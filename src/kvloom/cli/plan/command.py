@@ -19,23 +19,24 @@ from kvloom.cli.options.params import (
     silence_libraries,
 )
 from kvloom.cli.options.retention import read_retention, retention_options
-from kvloom.cli.options.values import ByteSize
+from kvloom.cli.options.values import ByteSize, Count
 from kvloom.cli.output.as_json import print_json
 from kvloom.cli.output.figure import refuse_unless_plottable
 from kvloom.cli.output.terminal import plain_table, stdout_console, waiting
-from kvloom.units import readable_bytes
+from kvloom.units import counted, readable_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from kvloom.planning import MemoryPlan
 
-COUNT = click.IntRange(min=1)
-LENGTH = click.IntRange(min=0)
+COUNT = Count(min=1)
+LENGTH = Count(min=0)
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Say how much memory a request takes.")
 @click.argument("model", required=False)
+@option("--model", "named", metavar="NAME", section="Request", help="The same as MODEL, as other commands have it.")
 @option(
     "--prompt-tokens",
     metavar="N",
@@ -88,7 +89,7 @@ LENGTH = click.IntRange(min=0)
 )
 @codec_option("Cache")
 @retention_options
-def plan(model: str | None, as_json: bool, plot: Path | None, quiet: bool, **options: Any) -> None:
+def plan(model: str | None, named: str | None, as_json: bool, plot: Path | None, quiet: bool, **options: Any) -> None:
     """Say how much memory a request takes, before loading anything.
 
     MODEL is a folder with a config.json, or an id on the Hugging Face hub, of which nothing else is fetched;
@@ -99,6 +100,9 @@ def plan(model: str | None, as_json: bool, plot: Path | None, quiet: bool, **opt
     kvloom plan Qwen/Qwen2.5-0.5B-Instruct --prompt-tokens 4096 --num-beams 8
     kvloom plan ./my-model --batch 4 --budget 8GiB --plot plan.png
     """
+    if named is not None and model is not None:
+        raise click.UsageError(f"`{model}` and `--model {named}` name two models. Leave one away.")
+    model = named if model is None else model
     if plot is not None:
         refuse_unless_plottable(plot)
     with waiting(f"[dim]planning {model_name(model)} ...", quiet=quiet):
@@ -139,21 +143,21 @@ def _heads(plan: MemoryPlan) -> str:
     heads = "KV heads of several sizes"
     if len(shapes) == 1:
         kv_heads, key, value = next(iter(shapes))
-        heads = f"{_count(kv_heads, 'KV head')} of {key if key == value else f'{key} + {value}'}"
+        heads = f"{counted(kv_heads, 'KV head')} of {key if key == value else f'{key} + {value}'}"
     context = "" if plan.max_tokens is None else f", context of {plan.max_tokens:,} tokens"
-    return f"{_count(len(layers), 'layer')}, {heads}, {str(plan.dtype).removeprefix('torch.')}{context}"
+    return f"{counted(len(layers), 'layer')}, {heads}, {str(plan.dtype).removeprefix('torch.')}{context}"
 
 
 def _request(plan: MemoryPlan) -> str:
     """What is asked of it in a line."""
-    prompts = f"{_count(plan.batch, 'prompt')} of {_count(plan.prompt_tokens, 'token')}"
+    prompts = f"{counted(plan.batch, 'prompt')} of {counted(plan.prompt_tokens, 'token')}"
     if plan.source_tokens:
-        prompts = f"{_count(plan.batch, 'source')} of {_count(plan.source_tokens, 'token')}, {prompts}"
+        prompts = f"{counted(plan.batch, 'source')} of {counted(plan.source_tokens, 'token')}, {prompts}"
     rows = ""
     if plan.rows > 1:
         rows = f", {plan.rows} {'beams' if plan.num_beams > 1 else 'samples'}{' each' if plan.batch > 1 else ''}"
     policy = "" if plan.retention is None else f", under {type(plan.retention).__name__}"
-    return f"{prompts}{rows}, up to {_count(plan.max_new_tokens, 'new token')} each{policy}"
+    return f"{prompts}{rows}, up to {counted(plan.max_new_tokens, 'new token')} each{policy}"
 
 
 def _cache_table(plan: MemoryPlan) -> Table:
@@ -220,7 +224,7 @@ def _budget_lines(plan: MemoryPlan) -> list[Any]:
     if plan.longest_sequence is not None:
         longest = f"{plan.longest_sequence:,} tokens"
     opened = f", {plan.pool_open_blocks:,} of them open" if plan.layout.seals else ""
-    budget = f"{readable_bytes(plan.budget_bytes)}{origin}: {_count(plan.pool_blocks, 'block')}{opened}, {longest}"
+    budget = f"{readable_bytes(plan.budget_bytes)}{origin}: {counted(plan.pool_blocks, 'block')}{opened}, {longest}"
     lines = [Text.assemble(("budget  ", "dim"), budget), Text.assemble(("fits    ", "dim"), _verdict(plan))]
     return [Text.assemble(("codec   ", "dim"), _codec(plan)), *lines] if plan.layout.seals else lines
 
@@ -249,7 +253,3 @@ def _verdict(plan: MemoryPlan) -> tuple[str, str]:
 
 def _about(size: int | None) -> str:
     return "unknown" if size is None else f"~{readable_bytes(size)}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
