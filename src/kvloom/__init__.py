@@ -118,4 +118,5 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATE})
+    # What is public; submodules that happen to be imported are not.
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

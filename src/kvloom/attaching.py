@@ -27,6 +27,9 @@ from kvloom.models.x_transformers.decoder import DecoderBinding
 from kvloom.models.x_transformers.shared import is_of, x_transformers_class
 from kvloom.models.x_transformers.wrapper import bind_wrapper
 
+MOST_THREADS = 1_024
+"""Far beyond what helps; a process that starts many more of them is killed without a word."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
@@ -58,6 +61,9 @@ def load(
 ) -> LanguageModel:
     """Load a model and attach it.
 
+    For what has no argument here (a revision, code of the checkpoint's own, adapters), load the model with transformers
+    and `attach` it.
+
     Args:
         model: a hub id or a folder; by default the bundled demonstration model.
         dtype: of weights and cache; by default the checkpoint's.
@@ -71,8 +77,17 @@ def load(
         threads: PyTorch's threads, for the whole process; by default as PyTorch has them. Processes forked from this
             one decode on one thread each.
 
+    Returns:
+        a `LanguageModel`, which generates, searches with beams, streams, scores, plans and verifies.
+
     Raises:
         ModelError: what is missing, damaged or unsupported; see `kvloom.errors`.
+        InvalidRequest: an argument makes no sense. CacheFull: `budget_bytes` is below one block.
+
+    Example::
+
+        lm = kvloom.load("Qwen/Qwen2.5-0.5B-Instruct", dtype="bfloat16", budget_bytes=2**30)
+        print(lm.generate("Once upon a time", max_new_tokens=20).text)
     """
     settings = _Settings(
         budget_bytes=budget_bytes, block_tokens=block_tokens, codec=codec, retention=retention, threads=threads
@@ -194,6 +209,15 @@ def _bind(
     if isinstance(wrapped, PreTrainedModel):
         _refuse_given("for callables; a transformers model knows its own", **of_callables)
         return _bind_transformers(wrapped, exclusive=exclusive)
+    if isinstance(model, str | os.PathLike):
+        kind = type(model).__name__
+        raise UnsupportedModel(
+            f"a {kind} is no model that you hold. Load one by its name: kvloom.load({str(model)!r})."
+        )
+    if isinstance(model, LanguageModel):
+        raise UnsupportedModel("the model is attached already. Call the methods of what you passed.")
+    if isinstance(model, type):
+        raise UnsupportedModel(f"{model.__name__} is a class. Pass a model that was made of it.")
     if not callable(model):
         raise UnsupportedModel(f"a {type(model).__name__} is neither a transformers model nor callable. Pass either.")
     if exclusive:
@@ -247,6 +271,11 @@ def _refuse_given(reason: str, **given: Any) -> None:
 
 
 def _bind_transformers(model: PreTrainedModel, *, exclusive: bool) -> HostedModel:
+    if any(weight.is_meta for weight in model.parameters()):
+        raise UnsupportedModel(
+            "weights of the model lie on the meta device, where they have no values. Load them, for example with "
+            "`from_pretrained`, before you attach the model."
+        )
     binding = bind(model)
     with _detached_unless_done(binding):
         # The proofs record much, and what they freed would stay with the process beside the packed weights.
@@ -295,6 +324,11 @@ def _check_sizes(**sizes: int | None) -> None:
     for name, value in sizes.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise InvalidRequest(f"`{name}` must be a whole number of at least 1; got {value!r}.")
+    if (sizes.get("threads") or 1) > MOST_THREADS:
+        raise InvalidRequest(
+            f"`threads` may be {MOST_THREADS:,} at most; got {sizes['threads']:,}. This machine has "
+            f"{os.cpu_count()} CPUs."
+        )
 
 
 def _device(device: torch.device | str) -> torch.device:
@@ -302,6 +336,8 @@ def _device(device: torch.device | str) -> torch.device:
         found = torch.device(device)
     except RuntimeError as error:
         raise InvalidRequest(f"`device={device}` is not a device of PyTorch, such as cpu or cuda.") from error
+    if found.type not in ("cpu", "cuda"):
+        raise InvalidRequest(f"`device={device}` is not supported. Use device='cpu' or device='cuda'.")
     if found.type == "cuda" and not torch.cuda.is_available():
         raise InvalidRequest("`device=cuda` was asked for, but PyTorch finds no GPU here. Use device='cpu'.")
     return found

@@ -32,7 +32,6 @@ Messages follow one pattern: what is needed, what there is, what to do about it.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -50,6 +49,8 @@ class UnknownOption(InvalidRequest):
     @classmethod
     def named(cls, name: str, known: Iterable[str]) -> UnknownOption:
         """The error for `name`, with the closest of `known` as a suggestion."""
+        import difflib  # late: `import kvloom` is to take no time
+
         close = difflib.get_close_matches(name, sorted(known), n=1)
         hint = f" Did you mean `{close[0]}`?" if close else ""
         return cls(f"unknown option `{name}`.{hint}")

@@ -28,7 +28,8 @@ SEAM_TOKENS = 32
 def encode_start(tokenizer: Any, text: str) -> list[int]:
     """Token ids of text at the start of a sequence, with the special tokens that the tokenizer adds."""
     refuse_half_characters(text)
-    return list(tokenizer(text).input_ids)
+    # Not verbose: whether the text is too long is for us to say.
+    return list(tokenizer(text, verbose=False).input_ids)
 
 
 def encode_continuation(tokenizer: Any, text: str) -> list[int]:
@@ -38,10 +39,10 @@ def encode_continuation(tokenizer: Any, text: str) -> list[int]:
     own tokens are cut off again.
     """
     refuse_half_characters(text)
-    plain = list(tokenizer(text, add_special_tokens=False).input_ids)
+    plain = list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
     anchor = "\n"
-    before = list(tokenizer(anchor, add_special_tokens=False).input_ids)
-    anchored = list(tokenizer(anchor + text, add_special_tokens=False).input_ids)
+    before = list(tokenizer(anchor, add_special_tokens=False, verbose=False).input_ids)
+    anchored = list(tokenizer(anchor + text, add_special_tokens=False, verbose=False).input_ids)
     if before and anchored[: len(before)] == before and anchored[len(before) :] != plain:
         return anchored[len(before) :]
     return plain

@@ -27,6 +27,7 @@ from kvloom.cli.options.params import (
 )
 from kvloom.cli.options.prompts import as_text
 from kvloom.cli.options.retention import read_retention, retention_options
+from kvloom.cli.options.values import Count
 from kvloom.cli.output.terminal import complain, end_line, is_terminal, note
 from kvloom.errors import InvalidRequest, KVLoomError
 from kvloom.units import counted
@@ -53,7 +54,7 @@ Ctrl-C stops an answer; what was said so far stays."""
 @option(
     "--max-new-tokens",
     metavar="N",
-    type=click.IntRange(min=1),
+    type=Count(min=1),
     default=512,
     show_default=True,
     section="Conversation",

@@ -10,6 +10,7 @@ import click
 from kvloom import __version__
 from kvloom.cli.group import Command
 from kvloom.cli.options.params import json_option, load_model, option, quiet_option, silence_libraries
+from kvloom.cli.options.values import Count
 from kvloom.cli.output.as_json import print_json
 from kvloom.cli.output.terminal import stdout_console, waiting
 from kvloom.units import counted
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     help="Also list which operations of this model run in native kernels: a folder, or an id on the hub.",
 )
 @option("--dtype", metavar="DTYPE", section="Model", help="Of that model.  [default: the checkpoint's]")
-@option("--threads", metavar="N", type=click.IntRange(min=1), section="Model", help="Threads of PyTorch.")
+@option("--threads", metavar="N", type=Count(min=1), section="Model", help="Threads of PyTorch.")
 def doctor(*, as_json: bool, quiet: bool, model: str | None, dtype: str | None, threads: int | None) -> None:
     """Say what is in use on this machine, and why.
 

@@ -10,6 +10,7 @@ import click
 from kvloom.cli.group import Command
 from kvloom.cli.options.params import load_model, model_name, model_options, option, plot_option, quiet_option
 from kvloom.cli.options.prompts import as_text
+from kvloom.cli.options.values import Count
 from kvloom.cli.output.figure import refuse_unless_plottable
 from kvloom.cli.output.terminal import note
 from kvloom.errors import InvalidRequest
@@ -17,10 +18,10 @@ from kvloom.errors import InvalidRequest
 if TYPE_CHECKING:
     from kvloom.explain import Observation
 
-INDEX = click.IntRange(min=0)
+INDEX = Count(min=0)
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Show on a model why keys and values are cached.")
 @click.argument("text")
 @option(
     "--html",

@@ -33,6 +33,8 @@ class Loom(click.Group):
         except NoArgsIsHelpError as help_page:
             click.echo(help_page.format_message(), err=True)
             sys.exit(WRONG_USE)
+        except click.Abort:
+            sys.exit(INTERRUPTED)
         except click.ClickException as error:
             complain(_one_line(error))
             sys.exit(WRONG_USE)
@@ -124,7 +126,9 @@ def _names(parameter: click.Parameter) -> list[str]:
 
 def _did_you_mean(name: str, known: Sequence[str], ctx: click.Context | None) -> str:
     close = [other for other in known if name.strip("-") and other.startswith(name)]
-    close += difflib.get_close_matches(name.replace("_", "-"), known, n=1)
+    # Without their dashes, which would make any two short options look alike.
+    bare = {other.lstrip("-"): other for other in known}
+    close += [bare[own] for own in difflib.get_close_matches(name.replace("_", "-").lstrip("-"), bare, n=1)]
     if close:
         return f" Did you mean `{close[0]}`?"
     return f" See `{'kvloom' if ctx is None else ctx.command_path} --help`."

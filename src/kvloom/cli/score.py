@@ -15,14 +15,14 @@ from kvloom.cli.options.prompts import as_text, read_ids, read_prompt
 from kvloom.cli.output.as_json import print_json
 from kvloom.cli.output.terminal import stderr_console, stdout_console, waiting
 from kvloom.errors import InvalidRequest
-from kvloom.units import dtype_name
+from kvloom.units import counted, dtype_name
 
 if TYPE_CHECKING:
     from kvloom.language_model.model import LanguageModel
     from kvloom.language_model.scoring import Score, Scores
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Rank continuations of a prompt.")
 @click.argument("prompt", required=False)
 @option(
     "-c",
@@ -149,8 +149,9 @@ def _table(ranked: list[Score], *, as_ids: bool) -> Any:
 def _print_summary(scores: Scores, model: str) -> None:
     usage = scores.usage
     stderr_console().print(
-        f"[dim]{model}: a prompt of {usage.prompt_tokens:,} tokens, {usage.cached_prompt_tokens:,} found in the cache, "
-        f"{usage.computed_prompt_tokens:,} computed; {len(scores):,} continuations of {usage.new_tokens:,} tokens; "
+        f"[dim]{model}: a prompt of {counted(usage.prompt_tokens, 'token')}, {usage.cached_prompt_tokens:,} found in "
+        f"the cache, {usage.computed_prompt_tokens:,} computed; {counted(len(scores), 'continuation')} of "
+        f"{counted(usage.new_tokens, 'token')}; "
         f"{usage.seconds:.2f} s",
         soft_wrap=True,
     )

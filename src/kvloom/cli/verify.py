@@ -10,6 +10,7 @@ from kvloom.cli.group import Command
 from kvloom.cli.options.params import json_option, load_model, model_name, model_options, option, quiet_option
 from kvloom.cli.options.pictures import shown_blocks, with_text
 from kvloom.cli.options.retention import read_retention, retention_options
+from kvloom.cli.options.values import Count
 from kvloom.cli.output.as_json import print_json
 from kvloom.cli.output.terminal import counting_runs, stdout_console
 
@@ -42,14 +43,14 @@ STYLES = {"bit-identical": "green", "equal": "green", "near tie": "yellow", "fai
 @option(
     "--max-new-tokens",
     metavar="N",
-    type=click.IntRange(min=1),
+    type=Count(min=1),
     section="Length",
     help="Tokens of each run.  [default: 24, or a third of a short context]",
 )
 @option(
     "--seed",
     metavar="N",
-    type=click.IntRange(min=0),
+    type=Count(min=0),
     default=0,
     show_default=True,
     section="Sampling",

@@ -14,6 +14,7 @@ from kvloom.engine.holding import Holding, Holdings, is_current
 from kvloom.engine.planner import request_blocks, shares_prompt
 from kvloom.errors import CacheFull, PromptTooLong
 from kvloom.models import Binding, Source
+from kvloom.units import readable_bytes
 
 Blocks = tuple[int, ...]
 """A number of blocks for each layer group, and then of open blocks where they have an arena of their own."""
@@ -141,9 +142,9 @@ class Admission:
         groups = len(self._cache.groups)
         budget = layout.budget_for(max(together[:groups]), open_blocks=max(together[groups:], default=0))
         raise CacheFull(
-            f"{what} needs {need[worst]} {blocks}; the pool has {capacity[worst]}{beside}{running} "
-            f"({_mebibytes(self._cache.store.allocated_bytes)}). Raise budget_bytes to at least {budget:,} "
-            f"({_mebibytes(budget)}), {remedy}."
+            f"{what} needs {need[worst]:,} {blocks}; the pool has {capacity[worst]:,}{beside}{running} "
+            f"({readable_bytes(self._cache.store.allocated_bytes)}). Raise budget_bytes to at least {budget:,} "
+            f"({readable_bytes(budget)}), {remedy}."
         )
 
 
@@ -160,7 +161,3 @@ def check_length(limit: int | None, prompt_tokens: int, new_tokens: int) -> None
         f"{prompt_tokens:,} prompt tokens and {new_tokens:,} new ones exceed the model's context of {limit:,}. "
         f"Lower max_new_tokens to {limit - prompt_tokens:,}, or shorten the prompt."
     )
-
-
-def _mebibytes(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB"

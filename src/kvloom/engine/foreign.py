@@ -49,8 +49,8 @@ def gathered(cache: KVCache, cached: CachedSequence | None, layer: int, first: i
     """
     if cached is None:
         raise InvalidRequest("the cache holds nothing of this context. Prefill its token_ids again.")
-    if not 0 <= layer < len(cache.layout.layers):
-        raise InvalidRequest(f"there is no layer {layer}. Pass 0 to {len(cache.layout.layers) - 1}.")
+    if layer not in range(len(cache.layout.layers)):
+        raise InvalidRequest(f"there is no layer {layer!r}. Pass 0 to {len(cache.layout.layers) - 1}.")
     if not isinstance(cache.store, Store):
         raise InvalidRequest("an int8 cache holds codes. Attach with `codec='native'` to read keys and values.")
     table = cached.tables[cache.layout.group_of_layer[layer]]

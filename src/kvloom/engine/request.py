@@ -171,7 +171,7 @@ class Request:
 
     def describe(self) -> str:
         """The request in the words of an error message."""
-        rows = "" if self.max_rows == 1 else f" and {self.max_rows} sequences"
+        rows = "" if self.max_rows == 1 else f" and {self.max_rows:,} sequences"
         source = f"a source of {self.source_tokens:,} tokens and " if self.source else ""
         return f"{source}a {len(self.prompt_ids):,}-token prompt with up to {self.max_new_tokens:,} new tokens{rows}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Sequence
+from typing import NoReturn
 
 from transformers import DynamicCache
 
@@ -15,6 +16,7 @@ from kvloom.engine.holding import Holding
 from kvloom.errors import ContextClosed, InvalidRequest
 from kvloom.exclusive import uninterrupted
 from kvloom.models import Media, Source
+from kvloom.units import counted
 
 
 class Context:
@@ -161,8 +163,20 @@ class Context:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"{self.cached_tokens} cached, {self.blocks} blocks"
-        return f"Context({self.tokens} tokens, {state})"
+        state = "closed" if self._closed else f"{self.cached_tokens:,} cached, {counted(self.blocks, 'block')}"
+        return f"Context({counted(self.tokens, 'token')}, {state})"
+
+    def __copy__(self) -> Context:
+        return self.fork()
+
+    def __deepcopy__(self, _: object) -> Context:
+        return self.fork()
+
+    def __reduce__(self) -> NoReturn:
+        raise InvalidRequest(
+            "a context cannot be pickled: its keys and values lie in this process. Keep it with `context.save(path)` "
+            "and `lm.restore(path)`, or pass on its `token_ids`."
+        )
 
 
 def check_context(context: object) -> None:

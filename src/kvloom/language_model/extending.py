@@ -35,6 +35,8 @@ def extend(
 ) -> Extended:
     """Run the new tokens of a sequence, and only these; see `LanguageModel.extend`, which calls this."""
     check_context(context)
+    if isinstance(token_ids, str):
+        raise InvalidRequest("`extend` takes token ids, and got text. Tokenize it, or use `prefill` or `generate`.")
     new_ids = read_prompt(token_ids, None, vocab_size=engine.binding.vocab_size)
     _check_continuation(context, new_ids, start)
     policy = calls.policy(UNSET, context)
@@ -105,7 +107,7 @@ def _check_continuation(context: Context | None, new_ids: list[int], start: int 
     held = 0 if context is None else context.tokens
     if start is not None and (isinstance(start, bool) or start != held):
         raise CacheMismatch(
-            f"the new tokens must start at position {held}, the end of the context; start={start} was passed. "
+            f"the new tokens must start at position {held}, the end of the context; start={start!r} was passed. "
             f"Pass only the tokens that the context does not hold: token_ids[{held}:], start={held}."
         )
     longest = 1 if start is None else REPEATED_CONTEXT_TOKENS

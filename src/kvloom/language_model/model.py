@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
@@ -23,6 +23,7 @@ from kvloom.language_model.stream import Stream
 from kvloom.models import Binding
 from kvloom.planning import MemoryPlan, plan_for
 from kvloom.prompts import PromptReader
+from kvloom.units import counted
 from kvloom.verify import Report
 from kvloom.verify import verify as run_checks
 
@@ -420,5 +421,14 @@ class LanguageModel:
 
     def __repr__(self) -> str:
         cache = self.engine.cache
-        held = "no cache" if cache is None else f"{cache.blocks} blocks of {cache.layout.block_tokens} tokens"
-        return f"LanguageModel({self.binding.name}, {held}, {self.binding.dtype}, {self.binding.device})"
+        held = "no cache"
+        if cache is not None:
+            held = f"{counted(cache.blocks, 'block')} of {counted(cache.layout.block_tokens, 'token')}"
+        dtype = str(self.binding.dtype).removeprefix("torch.")
+        return f"LanguageModel({self.binding.name}, {held}, {dtype} on {self.binding.device})"
+
+    def __reduce__(self) -> NoReturn:
+        raise InvalidRequest(
+            "a language model cannot be pickled or copied: its cache and kernels belong to this process. Load or "
+            "attach it where it is to run."
+        )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 
 from kvloom.decoding import FinishReason, TopLogprobs
 from kvloom.engine import Usage
+from kvloom.errors import ContextClosed
+from kvloom.units import counted
 
 if TYPE_CHECKING:
     from kvloom.language_model.context import Context
@@ -19,7 +21,13 @@ Inside: TypeAlias = tuple[tuple[Tensor, ...], ...]
 """A tensor for each new token and each layer."""
 
 
-@dataclass(eq=False, kw_only=True)
+SHOWN = 120
+"""So many characters of a text are shown by `repr`."""
+
+SHOWN_TOKENS = 16
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
 class Generation:
     """One generated sequence.
 
@@ -48,17 +56,28 @@ class Generation:
     tokens: list[str]
     token_ids: list[int]
     logprobs: list[float]
-    top_logprobs: list[TopLogprobs] | None = field(repr=False)
-    logits: Tensor | None = field(repr=False)
-    scores: Tensor | None = field(repr=False)
-    attentions: Inside | None = field(repr=False)
-    cross_attentions: Inside | None = field(repr=False)
-    hidden_states: Inside | None = field(repr=False)
+    top_logprobs: list[TopLogprobs] | None
+    logits: Tensor | None
+    scores: Tensor | None
+    attentions: Inside | None
+    cross_attentions: Inside | None
+    hidden_states: Inside | None
     finish_reason: FinishReason
     score: float | None
     usage: Usage
-    _make_context: Callable[[], Context] = field(repr=False)
-    _context: Context | None = field(default=None, repr=False)
+    _make_context: Callable[[], Context]
+    _context: Context | None = None
+
+    def __repr__(self) -> str:
+        text = self.text if len(self.text) <= SHOWN else f"{self.text[:SHOWN]}..."
+        shown = [repr(text) if self.tokens else repr(self.token_ids[:SHOWN_TOKENS])]
+        shown += [counted(len(self.token_ids), "new token"), f"finish_reason={self.finish_reason!r}"]
+        shown += [] if self.score is None else [f"score={self.score:.4f}"]
+        return f"Generation({', '.join(shown)})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A context is blocks of this process's cache, held by this object: it does not go where copies go.
+        return {**vars(self), "_make_context": _left_behind, "_context": None}
 
     @property
     def context(self) -> Context:
@@ -74,6 +93,13 @@ class Generation:
     def when_dropped(self, callback: Callable[..., None], *arguments: object) -> None:
         """Call back once nobody holds this result any more."""
         weakref.finalize(self, callback, *arguments)
+
+
+def _left_behind() -> Context:
+    raise ContextClosed(
+        "the result was copied or pickled, and its context stayed with the original. Prefill its tokens, or keep the "
+        "context with `context.save(path)` and `lm.restore(path)`."
+    )
 
 
 class Hypotheses(list[Generation]):

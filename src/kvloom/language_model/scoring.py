@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -19,7 +19,7 @@ Normalize = Literal["none", "tokens", "bytes"]
 """By what the log-probability of a continuation is divided."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, repr=False, kw_only=True)
 class Score:
     """How likely a continuation is behind its prompt.
 
@@ -33,9 +33,13 @@ class Score:
 
     text: str | None
     token_ids: list[int]
-    token_logprobs: list[float] = field(repr=False)
+    token_logprobs: list[float]
     bytes: int | None
     normalize: Normalize = "none"
+
+    def __repr__(self) -> str:
+        by = "" if self.normalize == "none" else f", score={self.score:.4f} by {self.normalize}"
+        return f"Score({self.text!r}, logprob={self.logprob:.4f}, token_ids={self.token_ids}{by})"
 
     @property
     def logprob(self) -> float:

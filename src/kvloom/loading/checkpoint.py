@@ -41,6 +41,8 @@ TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.tiktoken", "spiece.model", "sente
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
+DTYPES = tuple(SAFETENSORS_DTYPES.values())
+
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 
 
@@ -98,8 +100,11 @@ def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
     if dtype is None or dtype == "auto":
         return "auto"
     found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise InvalidRequest(f"`dtype={dtype}` is not a floating-point dtype. Pass one, such as float32 or bfloat16.")
+    if found not in DTYPES:
+        raise InvalidRequest(
+            f"`dtype={dtype}` is not a floating-point dtype that models run in. Pass float64, float32, bfloat16 or "
+            "float16."
+        )
     return found
 
 
@@ -123,8 +128,10 @@ def _locate(name: str | os.PathLike[str] | None) -> Path | str:
     if folder.is_dir():
         return folder
     text = os.fspath(name)
-    looks_like_a_path = text.startswith((".", "/", "~")) or text.count("/") > 1
-    if folder.exists() or looks_like_a_path:
+    if folder.exists():
+        raise ModelNotFound(f"`{text}` is a file. Pass the model folder, which has a config.json beside its weights.")
+    looks_like_a_path = isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1
+    if looks_like_a_path:
         raise ModelNotFound(f"there is no model folder `{text}`. Pass a folder that has a config.json, or a hub id.")
     return text
 

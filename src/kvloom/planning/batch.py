@@ -18,6 +18,7 @@ from kvloom.models.sources.source import SourceReader
 DEFAULT_PROMPT_TOKENS = 4_096
 DEFAULT_SOURCE_TOKENS = 512
 DEFAULT_NEW_TOKENS = 256
+MOST_SEQUENCES = 65_536
 
 OPTIONS = (
     "prompt_tokens",
@@ -63,6 +64,12 @@ class Batch:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InvalidRequest(f"`{name}` must be a whole number of at least {least}; got {value!r}.")
         beams, returned = given.get("num_beams", 1), given.get("num_return_sequences", 1)
+        sequences = max(beams, returned) * given.get("batch", 1)
+        if sequences > MOST_SEQUENCES:
+            raise InvalidRequest(
+                f"a plan counts {MOST_SEQUENCES:,} sequences at most, and these are {sequences:,}. Lower `batch`, "
+                "`num_beams` or `num_return_sequences`."
+            )
         if 1 < beams < returned:
             raise InvalidRequest(f"`num_return_sequences={returned}` exceeds `num_beams={beams}`. Raise `num_beams`.")
         return cls(

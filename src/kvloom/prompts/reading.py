@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from kvloom.errors import EmptyPrompt, InvalidRequest, InvalidTokens
@@ -149,13 +150,23 @@ def read_prompt(prompt: Any, tokenizer: Any, *, vocab_size: int, continues: bool
         return read_token_ids(_flat(prompt), vocab_size)
     if isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
         return read_token_ids(prompt, vocab_size)
+    if prompt is None:
+        raise InvalidRequest("there is no prompt. Pass text or token ids, or `context` to go on from one.")
+    kind = type(prompt).__name__
+    raise InvalidRequest(f"a prompt is text, a list of token ids, or a tensor of them; got {kind}. {_remedy(prompt)}")
+
+
+def _remedy(prompt: Any) -> str:
+    """What to pass in place of what is no prompt."""
+    if isinstance(prompt, Mapping) and "role" in prompt:
+        return "Put the message into a list."
     if isinstance(prompt, Mapping):
-        raise InvalidRequest(
-            f"a prompt is text or token ids; got {type(prompt).__name__}. Of a tokenizer's output pass `.input_ids`."
-        )
-    raise InvalidRequest(
-        f"a prompt is text, a list of token ids, or a tensor of them; got {type(prompt).__name__}. Pass one of these."
-    )
+        return "Of a tokenizer's output pass `.input_ids`, or all of it to `kvloom.generate(lm, **inputs)`."
+    if hasattr(prompt, "cached_tokens"):
+        return "Pass a context as `context`."
+    if hasattr(prompt, "context"):
+        return "To go on from a result pass its `.context` as `context`."
+    return "Pass one of these."
 
 
 def read_token_ids(token_ids: Sequence[Any], vocab_size: int) -> list[int]:
@@ -190,12 +201,15 @@ def _encode(text: str, tokenizer: Any, vocab_size: int, continues: bool) -> list
 def _flat(prompt: Tensor | np.ndarray) -> list[Any]:
     if isinstance(prompt, Tensor) and (prompt.is_floating_point() or prompt.is_complex()):
         raise InvalidTokens(f"token ids are integers; got a tensor of {prompt.dtype}. Pass an integer tensor.")
+    if isinstance(prompt, Tensor) and (prompt.is_meta or prompt.layout != torch.strided):
+        where = "on the meta device" if prompt.is_meta else f"of layout {prompt.layout}"
+        raise InvalidTokens(f"token ids are read one by one; got a tensor {where}. Pass a dense tensor with values.")
     if prompt.ndim == 2 and prompt.shape[0] == 1:
         prompt = prompt[0]
     if prompt.ndim != 1:
         raise InvalidTokens(
             f"token ids have the shape [tokens] or [1, tokens]; got {list(prompt.shape)}. "
-            "Pass several prompts as a list, without padding."
+            "Pass several prompts as a list, without padding, or a padded batch to `kvloom.generate(lm, **inputs)`."
         )
     return list(prompt.tolist())
 

@@ -24,17 +24,18 @@ from kvloom.cli.options.params import (
     plot_option,
     quiet_option,
 )
+from kvloom.cli.options.values import Count
 from kvloom.cli.output.as_json import print_json
 from kvloom.cli.output.figure import refuse_unless_plottable
 from kvloom.cli.output.terminal import counting_runs
 from kvloom.errors import InvalidRequest
 
-POSITIVE = click.IntRange(min=1)
-SEVERAL = click.IntRange(min=2)
+POSITIVE = Count(min=1)
+SEVERAL = Count(min=2)
 SPEED, QUALITY = "Speed", "Quality"
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Measure a model on this machine: speed, or quality.")
 @option(
     "--quality",
     is_flag=True,
@@ -46,7 +47,7 @@ SPEED, QUALITY = "Speed", "Quality"
     metavar="N",
     type=POSITIVE,
     section="Work",
-    help="[default: 512, or half of a shorter context; with --quality 768, or three quarters]",
+    help="Length of the prompt.  [default: 512, or half of a shorter context; with --quality 768, or three quarters]",
 )
 @option(
     "--max-new-tokens",
@@ -63,7 +64,7 @@ SPEED, QUALITY = "Speed", "Quality"
 @option(
     "--longest",
     metavar="N",
-    type=click.IntRange(min=32),
+    type=Count(min=32),
     section=SPEED,
     help="Length up to which one token's cost is followed.  [default: 1,024, or what the context leaves]",
 )
@@ -122,7 +123,7 @@ SPEED, QUALITY = "Speed", "Quality"
 @option(
     "--seed",
     metavar="N",
-    type=click.IntRange(min=0),
+    type=Count(min=0),
     default=0,
     show_default=True,
     section=QUALITY,

@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from kvloom.cli.output.terminal import plain_table, titled_console
-from kvloom.units import readable_bytes
+from kvloom.units import counted, readable_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,7 +32,7 @@ def _facts(report: QualityReport) -> list[str]:
     full = report.reference
     return [
         f"{report.dtype} on {report.device}, {report.threads} threads; contexts of {report.context_tokens:,} tokens",
-        f"{report.positions} positions of {report.passages} passages, {report.nll:.2f} nats a token; "
+        f"{report.positions} positions of {counted(report.passages, 'passage')}, {report.nll:.2f} nats a token; "
         f"{full.recallable} of {len(full.answers)} questions answered",
     ]
 

@@ -26,14 +26,14 @@ from kvloom.cli.options.params import (
 from kvloom.cli.options.pictures import shown_blocks, with_text
 from kvloom.cli.options.prompts import as_text, read_ids, read_prompt
 from kvloom.cli.options.retention import read_retention, retention_options
-from kvloom.cli.options.values import Alternatives, TokenId
+from kvloom.cli.options.values import Alternatives, Count, TokenId
 from kvloom.cli.output.as_json import print_json
 from kvloom.cli.output.terminal import note
 
-COUNT = click.IntRange(min=1)
+COUNT = Count(min=1)
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Continue a prompt: stream, sample, or search.")
 @click.argument("prompt", required=False)
 @option(
     "--token-ids",
@@ -88,7 +88,7 @@ COUNT = click.IntRange(min=1)
     section="Length",
     help=f"The most tokens to write.  [default: {DEFAULT_NEW_TOKENS}, or what the model's context leaves]",
 )
-@option("--min-new-tokens", metavar="N", type=click.IntRange(min=0), section="Length", help="No EOS before these.")
+@option("--min-new-tokens", metavar="N", type=Count(min=0), section="Length", help="No EOS before these.")
 @option(
     "--stop",
     "stop_strings",
@@ -166,6 +166,8 @@ def generate(
     retention = read_retention(options)
     if retention is not None and options["no_cache"]:
         raise click.UsageError("`--retention` and `--no-cache` contradict each other. Leave one out.")
+    if settings["codec"] != "native" and options["no_cache"]:
+        raise click.UsageError("`--codec` and `--no-cache` contradict each other. Leave one out.")
     given = _given(options)
     if token_ids and (images or frames or videos):
         flag = "--image" if images else "--frames" if frames else "--video"

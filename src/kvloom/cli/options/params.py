@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from kvloom.cli.group import Option
-from kvloom.cli.options.values import ByteSize
+from kvloom.cli.options.values import ByteSize, Count
 from kvloom.cli.output.terminal import is_terminal, waiting
 
 if TYPE_CHECKING:
@@ -80,7 +80,13 @@ def model_options(function: Function) -> Function:
             help="float64, float32, bfloat16 or float16.  [default: the checkpoint's]",
         ),
         option("--device", metavar="DEVICE", section="Model", default="cpu", show_default=True, help="cpu or cuda."),
-        option("--threads", metavar="N", type=click.IntRange(min=1), section="Model", help="Threads of PyTorch."),
+        option(
+            "--threads",
+            metavar="N",
+            type=Count(min=1),
+            section="Model",
+            help="Of PyTorch.  [default: its own choice]",
+        ),
         option(
             "--budget",
             "budget_bytes",
@@ -93,7 +99,7 @@ def model_options(function: Function) -> Function:
         option(
             "--block-tokens",
             metavar="N",
-            type=click.IntRange(min=1),
+            type=Count(min=1),
             default=16,
             show_default=True,
             section="Model",
@@ -161,7 +167,7 @@ def sampling_options(function: Function) -> Function:
         option(
             "--no-repeat-ngram-size",
             metavar="N",
-            type=click.IntRange(min=0),
+            type=Count(min=0),
             section="Sampling",
             help="No N tokens in a row occur twice; 0: they may. Needs no sampling.",
         ),

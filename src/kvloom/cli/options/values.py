@@ -20,6 +20,12 @@ for _power, _letter in enumerate("KMGT", start=1):
     _SCALE |= {f"{_letter}B": 1000**_power}
 
 
+class Count(click.IntRange):
+    """An integer of at least `min`."""
+
+    name = "integer"  # what a wrong value is said not to be
+
+
 class ByteSize(IntType):
     """A number of bytes: 65536, 512MiB, 2GB. MiB and M count in 1,024s, MB in 1,000s."""
 

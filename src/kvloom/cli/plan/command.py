@@ -19,18 +19,19 @@ from kvloom.cli.options.params import (
     silence_libraries,
 )
 from kvloom.cli.options.retention import read_retention, retention_options
-from kvloom.cli.options.values import ByteSize
+from kvloom.cli.options.values import ByteSize, Count
 from kvloom.cli.output.as_json import print_json
 from kvloom.cli.output.figure import refuse_unless_plottable
 from kvloom.cli.output.terminal import waiting
 from kvloom.cli.plan.tables import print_plan
 
-COUNT = click.IntRange(min=1)
-LENGTH = click.IntRange(min=0)
+COUNT = Count(min=1)
+LENGTH = Count(min=0)
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Say how much memory a request takes.")
 @click.argument("model", required=False)
+@option("--model", "named", metavar="NAME", section="Request", help="The same as MODEL, as other commands have it.")
 @option(
     "--prompt-tokens",
     metavar="N",
@@ -83,7 +84,7 @@ LENGTH = click.IntRange(min=0)
 )
 @codec_option("Cache")
 @retention_options
-def plan(model: str | None, as_json: bool, plot: Path | None, quiet: bool, **options: Any) -> None:
+def plan(model: str | None, named: str | None, as_json: bool, plot: Path | None, quiet: bool, **options: Any) -> None:
     """Say how much memory a request takes, before loading anything.
 
     MODEL is a folder with a config.json, or an id on the Hugging Face hub, of which nothing else is fetched;
@@ -94,6 +95,9 @@ def plan(model: str | None, as_json: bool, plot: Path | None, quiet: bool, **opt
     kvloom plan Qwen/Qwen2.5-0.5B-Instruct --prompt-tokens 4096 --num-beams 8
     kvloom plan ./my-model --batch 4 --budget 8GiB --plot plan.png
     """
+    if named is not None and model is not None:
+        raise click.UsageError(f"`{model}` and `--model {named}` name two models. Leave one out.")
+    model = named if model is None else model
     if plot is not None:
         refuse_unless_plottable(plot)
     with waiting(f"[dim]planning {model_name(model)} ...", quiet=quiet):

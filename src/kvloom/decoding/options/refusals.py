@@ -7,10 +7,11 @@ a cache class, asked for an extra output, or tuned a method that is not switched
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from kvloom.errors import UnsupportedOption
+from kvloom.errors import UnknownOption, UnsupportedOption
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,26 @@ REFUSED: dict[str, Refusal] = {
     "synced_gpus": Refusal(_CALL),
 }
 
+# What vLLM, OpenAI's interface and CTranslate2 call options that are here, under the names of transformers.
+ELSEWHERE = {
+    "max_tokens": "max_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "max_decoding_length": "max_length",
+    "n": "num_return_sequences",
+    "num_hypotheses": "num_return_sequences",
+    "beam_width": "num_beams",
+    "beam_size": "num_beams",
+    "stop": "stop_strings",
+    "stop_token_ids": "eos_token_id",
+    "logprobs": "top_logprobs",
+    "bad_words": "bad_words_ids",
+    "logit_bias": "sequence_bias",
+    "random_seed": "seed",
+    "return_logits": "output_logits",
+    "return_scores": "output_scores",
+}
+PROMPTS = ("input_ids", "inputs", "prompt_token_ids", "prompts", "text", "messages")
+
 # Always true of KVLoom: it returns objects, and compiles nothing.
 ALREADY_SO = ("return_dict_in_generate", "disable_compile", "transformers_version")
 
@@ -96,3 +117,15 @@ def refuse_unsupported(name: str, value: Any, from_checkpoint: bool) -> None:
     if from_checkpoint:
         message += f" The model's generation config sets it; pass `{name}=None` to do without."
     raise UnsupportedOption(message)
+
+
+def unknown_option(name: str, known: Iterable[str]) -> UnknownOption:
+    """The error for an option that neither transformers nor KVLoom has: how it is called here, or what was meant."""
+    if name in PROMPTS:
+        return UnknownOption(
+            f"unknown option `{name}`. The prompt is the first argument and has no name; what `model.generate` of "
+            "transformers takes, `kvloom.generate(lm, ...)` takes, too."
+        )
+    if name in ELSEWHERE:
+        return UnknownOption(f"unknown option `{name}`. Here it is called `{ELSEWHERE[name]}`.")
+    return UnknownOption.named(name, known)

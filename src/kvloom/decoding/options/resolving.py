@@ -15,8 +15,8 @@ from transformers import GenerationConfig
 
 from kvloom.decoding.options.checks import BEAMS_ONLY, CHECKS, SAMPLING_ONLY, token_ids_in
 from kvloom.decoding.options.options import Options
-from kvloom.decoding.options.refusals import ALREADY_SO, REFUSED, refuse_unsupported
-from kvloom.errors import InvalidRequest, UnknownOption
+from kvloom.decoding.options.refusals import ALREADY_SO, REFUSED, refuse_unsupported, unknown_option
+from kvloom.errors import InvalidRequest
 from kvloom.notices import warn
 
 _LIBRARY_DEFAULTS = {"top_k": 50}
@@ -82,7 +82,7 @@ def _refuse(asked: Mapping[str, Any], own: Mapping[str, Any], known: Iterable[st
         if name in REFUSED:
             refuse_unsupported(name, value, from_checkpoint=False)
         elif name not in names and name not in ALREADY_SO:
-            raise UnknownOption.named(name, names)
+            raise unknown_option(name, names)
     # Other unknown entries of a checkpoint ("chat_format", ...) mean nothing to transformers either.
     for name in (own.keys() & REFUSED.keys()) - asked.keys():
         refuse_unsupported(name, own[name], from_checkpoint=True)
