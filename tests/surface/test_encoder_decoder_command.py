@@ -82,7 +82,7 @@ def test_continuations_are_scored_behind_a_source(t5: Path) -> None:
 def test_what_is_for_causal_models_says_so(t5: Path) -> None:
     for arguments, message in [
         (["chat", "--model", t5], "decodes from one source each time"),
-        (["bench", "--model", t5], "what is measured is prompts of causal models"),
+        (["bench", "--model", t5], "only causal models are measured"),
         (["explain", "--model", t5, "w5 w6 w7 w8"], "attention cannot be looked at"),
     ]:
         result = run(*arguments)

@@ -226,7 +226,7 @@ def test_the_command_shows_images(folder: Path, processor: ProcessorMixin, photo
     refused = run("--image", photos[0], "What is this?")
     assert refused.exit_code == 2 and "takes no images" in refused.stderr
     refused = run("--image", photos[0], "--token-ids", "1 2 3")
-    assert refused.exit_code == 2 and "`--token-ids` has no text" in refused.stderr
+    assert refused.exit_code == 2 and "`--token-ids` has none" in refused.stderr
     frames = tmp_path / "frames"
     frames.mkdir()
     for number, photo in ((2, photos[0]), (10, photos[1])):
