@@ -271,7 +271,8 @@ def _refuse_given(reason: str, **given: Any) -> None:
 
 
 def _bind_transformers(model: PreTrainedModel, *, exclusive: bool) -> HostedModel:
-    if any(weight.is_meta for weight in model.parameters()):
+    # Of a model that is attached for exclusive use the packed weights are there, too, but never all.
+    if all(weight.is_meta for weight in model.parameters()):
         raise UnsupportedModel(
             "weights of the model lie on the meta device, where they have no values. Load them, for example with "
             "`from_pretrained`, before you attach the model."

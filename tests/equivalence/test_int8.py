@@ -22,8 +22,8 @@ from kvloom import CacheFull, LanguageModel
 from kvloom.attention import Span
 from kvloom.attention.sealed_spans import SealedSpans
 from kvloom.blocks.runs import FIRST
-from kvloom.cache import store
 from kvloom.cache.landing import native_order
+from kvloom.cache.store import int8
 from kvloom.engine import Engine
 from kvloom.errors import InvalidRequest, SnapshotMismatch
 
@@ -332,7 +332,7 @@ def test_verify_recomputes_each_token_under_the_rotary_factors_that_it_had(famil
 def test_verify_finds_rows_that_read_other_numbers_than_they_should(
     llama: LanguageModel, monkeypatch: pytest.MonkeyPatch, mistake: str
 ) -> None:
-    encode, masked = store.encode_keys, SealedSpans._masked
+    encode, masked = int8.encode_keys, SealedSpans._masked
     if mistake == "a chunk reads native blocks":
 
         def read_natively(spans: SealedSpans, source: Any, runs: Any, seen: Any, made: list[Span]) -> None:
@@ -347,7 +347,7 @@ def test_verify_finds_rows_that_read_other_numbers_than_they_should(
         monkeypatch.setattr(SealedSpans, "_masked", lambda *_: [])
     else:
         monkeypatch.setattr(
-            store, "encode_keys", lambda own: encode(own if own.shape[1] == 1 else own.bfloat16().to(own.dtype))
+            int8, "encode_keys", lambda own: encode(own if own.shape[1] == 1 else own.bfloat16().to(own.dtype))
         )
     assert not llama.verify([ids(llama, 60)], max_new_tokens=20).ok
 

@@ -121,7 +121,7 @@ def test_a_folder_that_does_not_exist_is_not_looked_for_on_the_hub(name: str) ->
 
 
 def test_a_file_is_no_model_folder(folder: Path) -> None:
-    with pytest.raises(ModelNotFound, match="no model folder"):
+    with pytest.raises(ModelNotFound, match="is a file"):
         kvloom.load(folder / WEIGHTS)
 
 

@@ -37,7 +37,7 @@ def test_the_table_names_every_setting_and_every_figure_within_80_columns() -> N
     lines = result.stdout.splitlines()
     assert all(len(line) <= 80 for line in lines) and "…" not in result.stdout
     text = " ".join(result.stdout.split())
-    for words in ("contexts of 96 tokens", "3 positions of 1 passages", "of 2 questions answered", "int8 keep KL"):
+    for words in ("contexts of 96 tokens", "3 positions of 1 passage,", "of 2 questions answered", "int8 keep KL"):
         assert words in text
     for codec in ("native", "int8"):
         table = text.partition(f" {codec} keep KL top-1 NLL recall bytes step")[2]
