@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,9 +28,9 @@ Handler = Callable[[int, FrameType | None], Any]
 WAIT_SECONDS = 0.05
 """How long a thread waits for another before it looks whether it was interrupted."""
 
-# What Python's functions wrap: they make enumerations of numbers, which takes longer than all the rest of a turn.
-_get_handler: Callable[[int], Any] = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
-_set_handler: Callable[[int, Handler], Any] = getattr(signal.signal, "__wrapped__", signal.signal)
+# The functions that those of `signal` wrap: these make enumerations of numbers, which takes longer than all the rest of
+# a turn. Pythons that have them elsewhere take the time.
+_raw: Any = sys.modules.get("_signal", signal)
 
 _NUMBERS: tuple[int, ...] = tuple(
     int(getattr(signal, name))
@@ -50,16 +51,16 @@ class _Signals:
     def stand_in(self) -> None:
         """Put our handler in front of each that is a function. May be interrupted, and done again."""
         for number in _NUMBERS:
-            handler = _get_handler(number)
+            handler = _raw.getsignal(number)
             if callable(handler) and handler != self._note:
                 self._handlers[number] = handler
-                _set_handler(number, self._note)
+                _raw.signal(number, self._note)
 
     def step_aside(self) -> None:
         """Put the program's handlers back, but for those that it has set anew meanwhile."""
         for number, handler in self._handlers.items():
-            if _get_handler(number) == self._note:
-                _set_handler(number, handler)
+            if _raw.getsignal(number) == self._note:
+                _raw.signal(number, handler)
 
     def hand_on(self) -> None:
         """Let the program's handlers have what came, which may raise."""
