@@ -10,10 +10,12 @@ Handlers belong to the process and run in its main thread: what is put off is ke
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -127,6 +129,9 @@ class interruptible:
 class Exclusive:
     """Lets one thread at a time in, as often as it wants, and keeps signals out.
 
+    What uses these things may be dropped at any moment, by the garbage collector even in the middle of a turn: what is
+    to be done then is put off until nobody works.
+
     A forked process has one thread, and of those of its parent neither OpenMP's pool nor whoever held the lock: it
     gets a lock of its own, and computes on one thread, since OpenMP would wait for the others for ever.
     """
@@ -134,35 +139,51 @@ class Exclusive:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._process = os.getpid()
-        self._depth = 0
-
-    @property
-    def turns(self) -> int:
-        """How many turns, one inside the other, the thread that works has taken."""
-        return self._depth
+        self._depth = 0  # turns, one inside the other, of the thread that works
+        self._put_off: deque[Callable[[], None]] = deque()
 
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Work alone; another thread waits. Raises `ForkedMidway` in a process that was forked within a turn."""
-        with uninterrupted():
-            self._take()
-            self._depth += 1
-            try:
-                yield
-            finally:
-                self._depth -= 1
-                self._lock.release()
-
-    @contextmanager
-    def turn_if_free(self) -> Iterator[bool]:
-        """The same without waiting: False if another thread works, or this one does already."""
-        with uninterrupted():
-            taken = not self._forked_midway() and self._lock.acquire(blocking=False)
-            try:
-                yield taken and not self._depth
-            finally:
-                if taken:
+        try:
+            with uninterrupted():
+                self._take()
+                self._depth += 1
+                try:
+                    yield
+                finally:
+                    self._depth -= 1
                     self._lock.release()
+        finally:
+            self._catch_up_if_free()
+
+    def put_off(self, work: Callable[[], None]) -> None:
+        """Do `work` as soon as nobody works: now, or at the end of what runs. May be called at any moment."""
+        self._put_off.append(work)
+        self._catch_up_if_free()
+
+    def catch_up(self) -> None:
+        """Within a turn: do what was put off."""
+        while self._put_off:
+            self._put_off.popleft()()
+
+    def collect(self) -> None:
+        """Within a turn: do what was put off, also what waits in reference cycles for the garbage collector."""
+        gc.collect()
+        self.catch_up()
+
+    def _catch_up_if_free(self) -> None:
+        """Without waiting: not if another thread works, or this one does already."""
+        if not self._put_off:
+            return
+        with uninterrupted():
+            if self._forked_midway() or not self._lock.acquire(blocking=False):
+                return
+            try:
+                if not self._depth:
+                    self.catch_up()
+            finally:
+                self._lock.release()
 
     def _take(self) -> None:
         if self._forked_midway():

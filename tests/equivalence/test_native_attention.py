@@ -25,6 +25,7 @@ from kvloom.cache import Reach
 from kvloom.native.library import load
 from kvloom.native.rows import RowWriter
 from native_targets import targets
+from thread_counts import on_threads
 
 pytestmark = pytest.mark.skipif(not targets(), reason="there is no C++ compiler here")
 
@@ -39,20 +40,6 @@ def kernels(request: pytest.FixtureRequest) -> NativeAttention:
 
 def dtypes_of(kernels: NativeAttention) -> list[torch.dtype]:
     return list(kernels.library.dtypes)
-
-
-class Threads:
-    """Within the block torch, and so the kernels, use that many threads."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def __enter__(self) -> None:
-        self._before = torch.get_num_threads()
-        torch.set_num_threads(self._count)
-
-    def __exit__(self, *_: Any) -> None:
-        torch.set_num_threads(self._before)
 
 
 def rows_of(step: Step, index: int) -> slice:
@@ -90,7 +77,7 @@ def test_whatever_the_schedule_a_row_gives_what_the_reference_gives_and_the_bits
     dtype = data.draw(st.sampled_from(dtypes_of(kernels)))
     bench = Bench(heads, reach=reach, block_tokens=block_tokens, blocks=4096 // block_tokens, dtype=dtype)
     live = [bench.open()]
-    with Threads(threads):
+    with on_threads(threads):
         for _ in range(data.draw(st.integers(2, 5))):
             step = draw_step(data, bench, live, [1, 2, 18, 70])
             output = bench.attend(kernels.attend, step)
@@ -113,7 +100,7 @@ def test_beams_behind_a_long_prompt_give_the_bits_of_a_single_chunk(
         step = bench.step(*((beam, count) for beam in beams))
     outputs = []
     for threads in (1, 2, 3):
-        with Threads(threads):
+        with on_threads(threads):
             outputs.append(bench.attend(kernels.attend, step))
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
     check_bits(bench, kernels, step, outputs[0])
@@ -187,7 +174,7 @@ def test_all_of_a_source_is_seen_by_every_token_with_the_bits_that_it_gives_alon
     total = sum(count for count, _ in rows)
     queries = torch.randn(total, heads.kv_heads * heads.group, heads.key_dim, generator=generator)
     plan = crossing(rows, lengths)
-    with Threads(threads):
+    with on_threads(threads):
         output = kernels.attend(queries, keys, values, plan, **heads.options())
     expected = reference.attend(queries, keys, values, plan, **heads.options())
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from kvloom.native.library import load
 from kvloom.native.linear import LinearKernels, PackedWeight, Projection, ReferenceLinear
 from native_targets import targets
+from thread_counts import on_threads
 
 pytestmark = pytest.mark.skipif(not targets(), reason="no C++ compiler")
 
@@ -81,15 +82,11 @@ def test_a_row_has_the_same_bits_alone_and_in_any_company(
     whole = kernels.linear(inputs, together)
     first = data.draw(st.integers(0, sizes[2] - 1))
     last = data.draw(st.integers(first + 1, sizes[2]))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(data.draw(st.integers(1, 3)))
-    try:
+    with on_threads(data.draw(st.integers(1, 3))):
         for own, right in zip(together, whole, strict=True):
             residual = None if own.residual is None else own.residual[first:last]
             alone = kernels.linear(inputs[first:last], [Projection(own.weight, own.bias, residual)])[0]
             assert torch.equal(alone.view(torch.uint8), right[first:last].contiguous().view(torch.uint8))
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

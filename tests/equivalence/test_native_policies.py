@@ -20,6 +20,7 @@ from kvloom.engine import Engine
 from kvloom.language_model.model import LanguageModel
 from kvloom.models import AttentionInterfaceBinding
 from kvloom.native import Library, native
+from thread_counts import on_threads
 from tiny import tiny_model
 
 if not isinstance(native(), Library):
@@ -54,16 +55,6 @@ def without_modules(own: AttentionInterfaceBinding) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(own, "forward_by_modules", lambda *_, **__: pytest.fail("a module ran"))
         yield
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @every_codec
@@ -132,9 +123,9 @@ def test_logits_are_the_same_bits_whatever_surrounds_them(
     own = binding(family, dtype)
     together = language_model(own, codec, step_tokens=step_tokens)
     with without_modules(own):
-        with threads(1):
+        with on_threads(1):
             expected = language_model(own, codec).generate(PROMPT[:tokens], retention=policy, **OPTIONS)
-        with threads(count):
+        with on_threads(count):
             kept = [together.prefill([(own * 5 + i) % 131 for i in range(own)]) for own in fragments]
             del kept[::2]
             others = [

@@ -18,6 +18,7 @@ from kvloom.attention.turn import Turn
 from kvloom.cache.retention import Held, Retained, SinkWindow
 from kvloom.native.library import load
 from native_targets import targets
+from thread_counts import on_threads
 
 pytestmark = pytest.mark.skipif(not targets(), reason="there is no C++ compiler here")
 
@@ -108,9 +109,7 @@ def test_a_row_gives_what_the_reference_gives_and_the_bits_that_it_gives_alone(
     dtype = data.draw(st.sampled_from(list(kernels.library.dtypes)))
     bench = Bench(heads, block_tokens=block_tokens, blocks=4096 // block_tokens, dtype=dtype)
     live = [under(bench.open(), policies[0], trained)]
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with on_threads(threads):
         for _ in range(data.draw(st.integers(2, 5))):
             kind = data.draw(st.sampled_from(["ragged", "decode", "fork"]))
             if kind == "fork":
@@ -134,8 +133,6 @@ def test_a_row_gives_what_the_reference_gives_and_the_bits_that_it_gives_alone(
                 assert torch.equal(own[:exact], full[:exact]), "these see everything"
                 rows += count
             let_go(bench, step)
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("reindex", [False, True])

@@ -6,7 +6,6 @@ Both are what the reference says, and the same bits whatever runs beside a row.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +23,7 @@ from kvloom.cache import CachedSequence, CacheLayout, Codec, KVCache, LayerShape
 from kvloom.cache.retention import Retained, Retention, TopBlocks
 from kvloom.native.library import load
 from native_targets import targets
+from thread_counts import on_threads
 
 pytestmark = pytest.mark.skipif(not targets(), reason="there is no C++ compiler here")
 
@@ -72,16 +72,6 @@ class Layer:
         kept = self.cache.store.write(0, plan.groups[0].writes, keys, values)
         self.cache.commit(extension)
         return plan.groups[0], (self.random(plan.tokens, self.heads, self.dim), *kept)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def drawn_steps(data: st.DataObject, layer: Layer, policies: list[Retention | None]) -> Iterator[Any]:
@@ -149,12 +139,12 @@ def test_observed_masses_are_those_of_the_reference_whatever_the_schedule(
         counts = [data.draw(st.integers(0, own.count)) for own in plan.sources]
         if not any(counts):
             continue
-        with threads(1):
+        with on_threads(1):
             found = observed(kernels, layer, plan, counts, given_)
         expected = reference.attention_mass(
             *given_[:2], replace(plan, observation=Observation(tuple(counts))), **layer.options
         )
-        with threads(2):
+        with on_threads(2):
             again = observed(kernels, layer, plan, counts, given_)
         for index, count in enumerate(counts):
             assert (found[index] is not None) == (count > 0)
@@ -194,10 +184,10 @@ def test_what_a_token_chooses_is_what_the_reference_chooses_whatever_runs_beside
     policies = [*(TopBlocks(budget_tokens=own) for own in budgets), None]
     for plan, given_ in drawn_steps(data, layer, policies):
         bounds = layer.cache.store.bounds[0]
-        with threads(1):
+        with on_threads(1):
             found = kernels.attend(*given_, plan, **layer.options, bounds=bounds)
         torch.testing.assert_close(found, reference.attend(*given_, plan, **layer.options), **TOLERANCE[dtype])
-        with threads(2):
+        with on_threads(2):
             assert torch.equal(kernels.attend(*given_, plan, **layer.options, bounds=bounds), found)
         if codec == "int8":
             continue

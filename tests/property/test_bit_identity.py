@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 
 import pytest
@@ -16,6 +14,7 @@ import kvloom
 from kvloom.engine import Engine
 from kvloom.language_model.model import LanguageModel
 from kvloom.native import Library, native
+from thread_counts import on_threads
 from tiny import tiny_model
 
 if not isinstance(native(), Library):
@@ -43,7 +42,7 @@ def _expected(
     """
     options = {"max_new_tokens": NEW, "eos_token_id": None, "output_logits": True}
     binding, prompt = _binding(family, dtype), PROMPT[:tokens]
-    with _threads(1):
+    with on_threads(1):
         if codec == "native":
             lm = LanguageModel(Engine(binding, budget_bytes=1 << 20), None, None)
             out = lm.generate(prompt, use_cache=False, **options)
@@ -57,16 +56,6 @@ def _expected(
 def _in_one_chunk(engine: Engine, token_ids: list[int]) -> Tensor:
     """The logits behind `token_ids`."""
     return LanguageModel(engine, None, None).extend(None, token_ids).logits[-1]
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _same_bits(found: Tensor, expected: Tensor) -> bool:
@@ -105,7 +94,7 @@ def test_greedy_logits_are_the_same_bits_whatever_surrounds_them(
     kept = {"budget_bytes": 1 << 21, "block_tokens": block_tokens, "codec": codec}
     engine = Engine(_binding(family, dtype), step_tokens=step_tokens, **kept)
     lm = LanguageModel(engine, None, None)
-    with _threads(threads):
+    with on_threads(threads):
         # Contexts of which every other one is dropped leave holes in the pool; a warm prefix may end anywhere.
         kept = [lm.prefill([(own * 5 + i) % 131 for i in range(own)]) for own in fragments]
         del kept[::2]
@@ -134,7 +123,7 @@ def test_beams_have_the_logits_that_their_tokens_have_alone(
 ) -> None:
     binding = _binding(family, dtype)
     lm = LanguageModel(Engine(binding, budget_bytes=1 << 21, step_tokens=step_tokens, codec=codec), None, None)
-    with _threads(threads):
+    with on_threads(threads):
         found = lm.beam_search(
             PROMPT[:tokens],
             num_beams=beams,
@@ -146,7 +135,7 @@ def test_beams_have_the_logits_that_their_tokens_have_alone(
     for own in found:
         for step in {0, len(own.token_ids) - 1}:
             whole = [*PROMPT[:tokens], *own.token_ids[:step]]
-            with _threads(1):
+            with on_threads(1):
                 if codec == "int8":
                     alone = _in_one_chunk(Engine(binding, budget_bytes=1 << 20, codec=codec), whole)
                 else:
@@ -197,9 +186,9 @@ def test_behind_sinks_and_a_window_logits_are_the_same_bits_whatever_surrounds_t
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(binding, "forward_by_modules", lambda *_, **__: pytest.fail("a module ran"))
-        with _threads(1):
+        with on_threads(1):
             expected = alone.generate(PROMPT[:tokens], retention=policy, **options)
-        with _threads(threads):
+        with on_threads(threads):
             if warm:
                 together.generate(PROMPT, max_new_tokens=1, eos_token_id=None)
             others = [
@@ -246,7 +235,7 @@ def test_a_context_that_is_cut_inside_a_sealed_block_goes_on_with_the_same_bits_
     found = []
     for chunk, count in ((80, 1), (step_tokens, threads)):
         lm = LanguageModel(Engine(binding, budget_bytes=1 << 20, codec="int8", step_tokens=chunk), None, None)
-        with _threads(count):
+        with on_threads(count):
             whole = lm.prefill(PROMPT[:64])
             context, logits = whole.truncate(cut), []
             for first in range(0, more, chunk):

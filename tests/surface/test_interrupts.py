@@ -77,7 +77,7 @@ def interrupt_everywhere(lm: kvloom.LanguageModel, work: Callable[[], object], c
         except KeyboardInterrupt:
             came += 1
         assert held_by_users(lm) == [0] * len(lm.engine.cache.groups), f"interrupted at line {line}"
-        assert not len(lm.engine._requests) and not lm.engine._guard._exclusive.turns
+        assert not len(lm.engine._requests) and not lm.engine._guard._exclusive._depth
         assert signal.getsignal(signal.SIGINT) is handler
     assert check() == expected
     assert came > POINTS / 2

@@ -13,6 +13,7 @@ import torch
 import kvloom
 import tiny
 from kvloom.errors import ForkedMidway
+from thread_counts import on_threads
 
 PROMPTS = [list(range(first, first + 20)) for first in range(1, 90, 11)]
 SECONDS = 120
@@ -40,9 +41,7 @@ def in_forked_processes(work: Any, count: int = 2) -> list[Any]:
 
 
 def test_forked_processes_decode_on_one_thread_each_and_say_what_their_parent_says() -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+    with on_threads(2):
         lm = kvloom.attach(tiny.tiny_model("llama"))
         context = lm.prefill(PROMPTS[0])
 
@@ -53,8 +52,6 @@ def test_forked_processes_decode_on_one_thread_each_and_say_what_their_parent_sa
         expected, _ = work()
         assert in_forked_processes(work) == [(expected, 1)] * 2
         assert work() == (expected, 2)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_a_process_that_is_forked_while_another_thread_decodes_is_refused_instead_of_waiting_for_ever() -> None:

@@ -15,6 +15,7 @@ from kvloom.decoding.logits import split_off_limits
 from kvloom.native.draw import Limits, draw, filtered, invert_cdf, plain_draw
 from kvloom.native.library import load
 from native_targets import targets
+from thread_counts import on_threads
 
 LIMITS = st.builds(
     Limits,
@@ -55,14 +56,10 @@ def test_what_is_drawn_is_what_transformers_leaves(
 ) -> None:
     logits, uniforms = made(3, vocab, scale, seed)
     logits[torch.rand(logits.shape, generator=torch.Generator().manual_seed(seed)) < forbidden] = -torch.inf
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with on_threads(threads):
         tokens, possible = draw(logits, uniforms, limits)
         one_for_all = draw(logits[:1].expand(3, -1), uniforms, limits)[0]
         alone = [int(draw(logits[:1], number[None], limits)[0]) for number in uniforms]
-    finally:
-        torch.set_num_threads(before)
     assert torch.equal(possible, (logits > -torch.inf).any(dim=-1))
     left = as_transformers(logits, limits)
     expected, _ = invert_cdf(left, uniforms)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kvloom.decoding.logprobs import Logprobs
 from kvloom.native import Library, native
 from kvloom.native.logits import best_continuations, normalizers, plain_best_continuations, plain_normalizers
+from thread_counts import on_threads
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NATIVE_DTYPES = native().dtypes if isinstance(native(), Library) else ()
@@ -31,15 +32,11 @@ def test_normalizers_and_best_continuations_are_those_of_pytorch(
     rows: int, vocab: int, dtype: torch.dtype, threads: int, seed: int
 ) -> None:
     logits = _logits(rows, vocab, dtype, seed)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with on_threads(threads):
         own, count = normalizers(logits), min(vocab, 9)
         scores = torch.linspace(-3, 0, rows)
         best = best_continuations(logits, own, scores, count)
         alone = normalizers(logits[-1:])
-    finally:
-        torch.set_num_threads(before)
     assert torch.equal(own.where, logits.float().argmax(dim=-1))
     wanted = torch.log_softmax(logits.double(), dim=-1)
     given_by = (logits.double() - own.largest[:, None]) - own.log_sums[:, None]

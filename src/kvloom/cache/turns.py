@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from kvloom.cache.cache import KVCache
 from kvloom.cache.sequence import CachedSequence
@@ -22,35 +21,22 @@ class Turns:
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
         self._exclusive = Exclusive()
-        self._dropped: deque[Sequence[CachedSequence]] = deque()
 
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Work alone; another thread waits. A turn has no turns inside."""
-        try:
-            with self._exclusive.turn():
-                self._close_dropped()
-                yield
-        finally:
-            self._close_if_nobody_works()
+        with self._exclusive.turn():
+            self._exclusive.catch_up()
+            yield
 
     def drop(self, sequences: Sequence[CachedSequence]) -> None:
         """Close sequences that nobody uses any more: now, or behind the turn that runs. May be called at any moment."""
-        self._dropped.append(sequences)
-        self._close_if_nobody_works()
+        self._exclusive.put_off(partial(self._close, sequences))
 
     def collect(self) -> None:
         """Within a turn whose blocks do not suffice: close what waits in reference cycles for the garbage collector."""
-        gc.collect()
-        self._close_dropped()
+        self._exclusive.collect()
 
-    def _close_if_nobody_works(self) -> None:
-        if self._dropped:
-            with self._exclusive.turn_if_free() as free:
-                if free:
-                    self._close_dropped()
-
-    def _close_dropped(self) -> None:
-        while self._dropped:
-            for sequence in self._dropped.popleft():
-                self._cache.close(sequence)
+    def _close(self, sequences: Sequence[CachedSequence]) -> None:
+        for sequence in sequences:
+            self._cache.close(sequence)

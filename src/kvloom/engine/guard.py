@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -22,7 +20,6 @@ class Guard:
     def __init__(self, binding: Binding) -> None:
         self._binding = binding
         self._exclusive = Exclusive()
-        self._put_off: deque[Callable[[], None]] = deque()
         self._closed = False
 
     @contextmanager
@@ -33,13 +30,10 @@ class Guard:
             new: whether the work is begun here; then raises `ContextClosed` if the model was detached, and what the
                 binding raises if its model cannot run now.
         """
-        try:
-            with self._exclusive.turn():
-                if new:
-                    self._check_open()
-                yield
-        finally:
-            self._catch_up_if_free()
+        with self._exclusive.turn():
+            if new:
+                self._check_open()
+            yield
 
     def close(self) -> None:
         """Take on no new work, and detach from the model."""
@@ -48,23 +42,11 @@ class Guard:
 
     def put_off(self, work: Callable[[], None]) -> None:
         """Do `work` as soon as nobody works: now, or at the end of what runs. May be called at any moment."""
-        self._put_off.append(work)
-        self._catch_up_if_free()
+        self._exclusive.put_off(work)
 
     def catch_up_now(self) -> None:
         """Do what was put off, also what waits in reference cycles for the garbage collector; never inside a step."""
-        gc.collect()
-        self._catch_up()
-
-    def _catch_up_if_free(self) -> None:
-        if self._put_off:
-            with self._exclusive.turn_if_free() as free:
-                if free:
-                    self._catch_up()
-
-    def _catch_up(self) -> None:
-        while self._put_off:
-            self._put_off.popleft()()
+        self._exclusive.collect()
 
     def _check_open(self) -> None:
         if self._closed:
