@@ -1,4 +1,4 @@
-// The least and the largest value of each channel over the keys of a full block, as `Store.bounds` in cache/store.py has it.
+// The least and the largest value of each channel over the keys of a full block, as `Store.bounds` in cache/store/native.py has it.
 #pragma once
 
 #include "attention.h"
